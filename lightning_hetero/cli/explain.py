@@ -1,0 +1,97 @@
+"""Failures of a configured run as messages: what went wrong, and the nearest name that exists."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_hetero._conf import conf_dir
+from lightning_hetero.errors import HeteroError
+
+_BAD_KEY = re.compile(r"Could not override '([\w./@-]+)'")
+_BAD_ARGUMENT = re.compile(r"call to target '([\w.]+)'.*unexpected keyword argument '(\w+)'", re.DOTALL)
+_WHERE = "HYDRA_FULL_ERROR=1 shows where it happened."
+
+
+def explain(error: BaseException, argv: Sequence[str]) -> str:
+    """Say what went wrong in words for the person at the command line.
+
+    Args:
+        error: What ended the run.
+        argv: The arguments of the command.
+
+    Returns:
+        One or more lines, without a traceback.
+    """
+    ours = next((cause for cause in _causes(error) if isinstance(cause, HeteroError)), None)
+    if ours is not None:
+        return str(ours)
+    text = str(error)
+    if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
+        text += f"\n{error.__cause__}"
+    if isinstance(error, MissingConfigException):
+        return text + _line(near(Path(error.missing_cfg_file or "").stem, error.options or ()))
+    if isinstance(error, InstantiationException):
+        return f"{text}{_line(_near_argument(text))}\n{_WHERE}"
+    return text + _line(_near_key(text, argv))
+
+
+def near(word: str, words: Iterable[str]) -> str:
+    """A hint to append to a message, " Did you mean 'even'?"; empty if no word is alike."""
+    matches = get_close_matches(word, [*words], n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def _causes(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _line(hint: str) -> str:
+    """The hint on a line of its own, for messages of several lines."""
+    return hint and f"\n{hint.strip()}"
+
+
+def _near_argument(text: str) -> str:
+    """Hint for a misspelt argument of a target."""
+    match = _BAD_ARGUMENT.search(text)
+    if match is None:
+        return ""
+    target, argument = match.groups()
+    return near(argument, inspect.signature(get_object(target)).parameters)
+
+
+def _near_key(text: str, argv: Sequence[str]) -> str:
+    """Hint for a misspelt key or group."""
+    match = _BAD_KEY.search(text)
+    if match is None:
+        return ""
+    key = match[1]
+    parent, _, name = key.rpartition(".")
+    others = [word for word in argv if "=" in word and not word.lstrip("+~").startswith(f"{key}=")]
+    config = _composed(others)
+    siblings = OmegaConf.select(config, parent) if parent else config
+    words = [*map(str, siblings)] if isinstance(siblings, DictConfig) else []
+    if not parent:
+        words += [path.name for path in conf_dir().iterdir() if path.is_dir()]
+    hint = near(name, words)
+    return hint.replace("'", f"'{parent}.", 1) if parent else hint
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration without the word that was wrong, or else as it is when nothing is overridden."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            return compose("train", [*overrides])
+        except (HydraException, OmegaConfBaseException):
+            return compose("train")

@@ -1,0 +1,99 @@
+"""One training job: a composed configuration to trained weights and test metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+
+from lightning_hetero.cli.explain import near
+from lightning_hetero.config import check_groups
+from lightning_hetero.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from omegaconf import DictConfig
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Train, validating on the way, then test with the best weights that were kept and print the result.
+
+    Args:
+        cfg: The configuration `train`, composed by Hydra.
+
+    Returns:
+        The metric called `cfg.optimized_metric`, for a sweeper; None if that is null.
+
+    Raises:
+        HeteroError: The configuration means nothing, cannot be obeyed, or names a metric that nobody logs.
+    """
+    with _lines_once():
+        return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> float | None:
+    check_groups(cfg)
+    _seed(cfg.seed)
+    data: LightningDataModule = instantiate(cfg.data, _convert_="all")
+    model: LightningModule = instantiate(cfg.model, _convert_="all")
+    trainer: Trainer = instantiate(cfg.trainer)
+    trainer.fit(model, datamodule=data)
+    metrics = _numbers(trainer.callback_metrics) | _best(trainer)
+    trainer.test(model, datamodule=data, ckpt_path=_best_weights(trainer), verbose=False)
+    tested = _numbers(trainer.callback_metrics)
+    for name, value in tested.items():
+        print(f"{name} {value:.4f}")
+    return _chosen(cfg.optimized_metric, metrics | tested)
+
+
+@contextmanager
+def _lines_once() -> Iterator[None]:
+    """Keep Lightning from printing each line of log that Hydra's handlers print and store already."""
+    import lightning.pytorch  # noqa: F401 (adds the handlers)
+
+    logger = logging.getLogger("lightning")
+    handlers, logger.handlers[:] = logger.handlers[:], []
+    try:
+        yield
+    finally:
+        logger.handlers[:] = handlers
+
+
+def _seed(seed: int | None) -> None:
+    from lightning.pytorch import seed_everything
+
+    # Lightning would take the seed of the job before from here, in a sweep whose jobs share a process.
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    if seed is not None:
+        seed_everything(seed, workers=True, verbose=False)
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in sorted(metrics.items())}
+
+
+def _best(trainer: Trainer) -> dict[str, float]:
+    """The metric by which the best weights were chosen: theirs, not that of the last epoch."""
+    keeper: Any = trainer.checkpoint_callback
+    monitor, score = getattr(keeper, "monitor", None), getattr(keeper, "best_model_score", None)
+    return {} if monitor is None or score is None else {monitor: float(score)}
+
+
+def _best_weights(trainer: Trainer) -> str | None:
+    """File of the best weights; None stands for those that training ended with."""
+    return getattr(trainer.checkpoint_callback, "best_model_path", None) or None
+
+
+def _chosen(name: str | None, metrics: dict[str, float]) -> float | None:
+    if name is None:
+        return None
+    if name not in metrics:
+        raise UsageError(
+            f"optimized_metric={name!r} is not among the metrics that the model logged: "
+            f"{', '.join(metrics) or 'none'}.{near(name, metrics)} Set it to one of them, or to null."
+        )
+    return metrics[name]

@@ -1,0 +1,98 @@
+"""Structured configs of the groups `devices` and `placement`: names, types and defaults, in one place.
+
+Hydra merges every file of these groups into the dataclass of the group, so a misspelt name or a wrong type is
+refused before anything runs. Structured configs know no unions, and a field that is typed as a mapping takes
+new keys only from overrides with a "+". Such fields have the type Any, and `check_groups` looks at them.
+"""
+
+# No `from __future__ import annotations`: omegaconf reads the types of the fields, not their spelling.
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, List, Optional  # noqa: UP035
+
+from hydra.core.config_store import ConfigStore
+
+from lightning_hetero.errors import HeteroError, InventoryError, PlacementError, UsageError
+
+SCHEMA_GROUP = "lightning_hetero_schema"
+"""Where the dataclasses are stored: apart from the groups themselves, so that nobody is offered them."""
+
+
+@dataclass
+class DevicesConf:
+    """What to run on.
+
+    Attributes:
+        request: As `resolve_devices` takes it: "auto", "cuda:0,cpu", a list of such names, or of mappings.
+        memory: Tighter limits by device name, such as `{"cuda:0": "10GiB"}`.
+    """
+
+    request: Any = "auto"
+    memory: Any = None
+
+
+@dataclass
+class PlacementConf:
+    """Who decides which unit stands where.
+
+    Attributes:
+        policy: Name of a policy, a device map, or a policy object (`{_target_: ...}`).
+        device_map: Module name to device, for `placement=manual`.
+        no_split: Names or classes of modules that have to stay whole.
+        plan: Path of a plan file to obey instead of deciding anew.
+    """
+
+    policy: Any = "auto"
+    device_map: Any = None
+    no_split: Optional[List[str]] = None  # noqa: UP006, UP045
+    plan: Optional[str] = None  # noqa: UP045
+
+
+_SCHEMAS = {"devices": DevicesConf, "placement": PlacementConf}
+_MAPPINGS: dict[str, tuple[type[HeteroError], str]] = {
+    "devices.memory": (InventoryError, r"'devices.memory={cuda\:0: 10GiB}'"),
+    "placement.device_map": (PlacementError, r"'placement.device_map={backbone: cuda\:0, *: auto}'"),
+}
+
+
+def store_schemas() -> None:
+    """Make the dataclasses known to Hydra. Calling it again changes nothing."""
+    for name, node in _SCHEMAS.items():
+        ConfigStore.instance().store(group=SCHEMA_GROUP, name=name, node=node, provider="lightning-hetero")
+
+
+def check_groups(cfg: Mapping[str, Any]) -> None:
+    """Refuse what Hydra lets pass: fields added by force with a "+", and mappings that are none.
+
+    Args:
+        cfg: A composed configuration; a group that it lacks is not looked at.
+
+    Raises:
+        UsageError: A group has a field that nobody reads.
+        InventoryError: The memory limits are no mapping.
+        PlacementError: The device map is no mapping, or is needed and missing.
+    """
+    for group in _SCHEMAS.keys() & cfg.keys():
+        _check_fields(group, cfg[group])
+    for path, (error, example) in _MAPPINGS.items():
+        group, _, name = path.partition(".")
+        value = cfg[group][name] if group in cfg else None
+        if not isinstance(value, (Mapping, type(None))):
+            raise error(f"{path}={value!r} is not a mapping; write for example {example}")
+    if "placement" in cfg and cfg["placement"]["policy"] is None:
+        example = _MAPPINGS["placement.device_map"][1]
+        raise PlacementError(f"placement 'manual' needs a device map; write for example {example}")
+
+
+def _check_fields(group: str, given: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(_SCHEMAS[group])]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean '{group}.{near[0]}'?" if near else ""
+            raise UsageError(f"nothing reads '{group}.{name}'; known are {', '.join(known)}.{hint}")
+
+
+store_schemas()

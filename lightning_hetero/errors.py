@@ -1,0 +1,48 @@
+"""The errors that this package raises on purpose, in one tree.
+
+Every message says what happened, why, and what to do next. Each class is also a `ValueError` or a
+`RuntimeError`, so code that knows nothing of this package can still catch it sensibly::
+
+    HeteroError
+    ├── InventoryError        ValueError    a device that does not exist, is named twice, or cannot train
+    ├── PlacementError        ValueError    a device map or policy that cannot be obeyed
+    ├── PlanFileError         ValueError    a plan file that is damaged, foreign, or newer than this package
+    ├── ScheduleError         ValueError    a schedule, program or timeline that cannot be
+    ├── InfeasiblePlanError   RuntimeError  a plan that needs more memory than a device has
+    ├── UnsupportedError      RuntimeError  a feature of torch or Lightning that cannot work over several devices
+    └── UsageError            RuntimeError  the parts of this package put together in a way that cannot run
+"""
+
+from __future__ import annotations
+
+
+class HeteroError(Exception):
+    """Base class of all errors of this package."""
+
+
+class InventoryError(HeteroError, ValueError):
+    """A device request that cannot be met: unknown, unavailable, duplicate, ambiguous or empty."""
+
+
+class PlacementError(HeteroError, ValueError):
+    """A device map or placement policy that cannot be obeyed for this model."""
+
+
+class PlanFileError(HeteroError, ValueError):
+    """A plan file that is damaged, not a plan, or written by a newer version of this package."""
+
+
+class ScheduleError(HeteroError, ValueError):
+    """A schedule that does not exist, a program that cannot be obeyed, or a timeline that cannot have happened."""
+
+
+class InfeasiblePlanError(HeteroError, RuntimeError):
+    """A plan that needs more memory on some device than the device has."""
+
+
+class UnsupportedError(HeteroError, RuntimeError):
+    """A feature of torch or Lightning that cannot work with parameters on several devices."""
+
+
+class UsageError(HeteroError, RuntimeError):
+    """The parts of this package were put together in a way that cannot run."""

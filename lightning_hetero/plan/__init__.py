@@ -1,0 +1,8 @@
+"""Who does what: the plan, its checks and its explanation."""
+
+from lightning_hetero.plan.build import build_plan
+from lightning_hetero.plan.check import check_memory, check_plan
+from lightning_hetero.plan.explain import explain
+from lightning_hetero.plan.plan import MemoryNeed, Plan, Stage
+
+__all__ = ["MemoryNeed", "Plan", "Stage", "build_plan", "check_memory", "check_plan", "explain"]

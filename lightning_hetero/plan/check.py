@@ -1,0 +1,127 @@
+"""Checks a plan against its model and its devices before anything moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lightning_hetero.errors import InfeasiblePlanError, PlacementError
+from lightning_hetero.graph.model import ModelGraph
+from lightning_hetero.plan.explain import text_table
+from lightning_hetero.plan.plan import MemoryNeed, Plan
+from lightning_hetero.units import format_bytes
+
+
+def check_plan(plan: Plan, graph: ModelGraph) -> None:
+    """Raise unless the plan places every unit once, on a device that can train, within its memory.
+
+    Raises:
+        PlacementError: A unit is missing, unknown or placed twice, tied units are apart, or a device is
+            unknown or cannot train.
+        InfeasiblePlanError: A device has less memory than the plan needs of it.
+    """
+    _check_units(plan, graph)
+    _check_devices(plan)
+    _check_ties(plan, graph)
+    check_memory(plan, graph)
+
+
+def check_memory(plan: Plan, graph: ModelGraph) -> None:
+    """Raise if some device has less memory than the plan needs of it.
+
+    Raises:
+        InfeasiblePlanError: With a table of need against limit, and the cheapest ways out.
+    """
+    over = [d for d in plan.devices if plan.need_of(d.name).total_bytes > d.memory_bytes]
+    if not over:
+        return
+    rows = [_memory_row(plan, device.name, device.memory_bytes) for device in plan.devices if device.trainable]
+    worst = max(over, key=lambda d: plan.need_of(d.name).total_bytes - d.memory_bytes)
+    need = plan.need_of(worst.name).total_bytes
+    raise InfeasiblePlanError(
+        f"the plan of policy {plan.policy!r} needs {format_bytes(need)} on {worst.name!r}, which has "
+        f"{format_bytes(worst.memory_bytes)} (activations come on top).\n"
+        + text_table(("device", "parameters", "gradients", "optimizer", "buffers", "needed", "limit", ""), rows)
+        + f"\n{_largest(graph, plan)}\nTry: {_ways_out(plan)}."
+    )
+
+
+def _check_units(plan: Plan, graph: ModelGraph) -> None:
+    placed = Counter(unit for stage in plan.stages for unit in stage.units)
+    unknown = [name for name in placed if name not in graph]
+    if unknown:
+        raise PlacementError(
+            f"the plan places {unknown[0]!r}, which is no unit of this model. It was made for another model; "
+            "make it again."
+        )
+    missing = [name for name in graph.names if name not in placed]
+    if missing:
+        raise PlacementError(f"the plan places no device for {_listing(missing)}; every unit needs one.")
+    twice = [name for name, times in placed.items() if times > 1]
+    if twice:
+        raise PlacementError(f"the plan places {_listing(twice)} more than once; every unit has one place.")
+
+
+def _check_devices(plan: Plan) -> None:
+    inventory = plan.inventory
+    able = ", ".join(device.name for device in inventory.trainable)
+    for stage in plan.stages:
+        if stage.device not in inventory:
+            raise PlacementError(
+                f"{_listing(stage.units)} would stand on {stage.device!r}, which is not in the inventory: {able}."
+            )
+        if plan.training and not inventory[stage.device].trainable:
+            raise PlacementError(
+                f"{_listing(stage.units)} would be trained on {stage.device!r}, a {inventory[stage.device].kind} "
+                f"that PyTorch cannot train on; it can only run an exported model. Devices that can train: {able}."
+            )
+
+
+def _check_ties(plan: Plan, graph: ModelGraph) -> None:
+    device_of = plan.device_of
+    for unit in graph.units:
+        if device_of[unit.name] != device_of[unit.tied_to]:
+            raise PlacementError(
+                f"{unit.name!r} on {device_of[unit.name]!r} shares a parameter with {unit.tied_to!r} on "
+                f"{device_of[unit.tied_to]!r}. Put both on one device."
+            )
+
+
+def _memory_row(plan: Plan, name: str, limit_bytes: int) -> tuple[str, ...]:
+    need: MemoryNeed = plan.need_of(name)
+    parts = (need.parameters_bytes, need.gradients_bytes, need.optimizer_bytes, need.buffers_bytes)
+    over = need.total_bytes - limit_bytes
+    return (
+        name,
+        *(format_bytes(part) for part in parts),
+        format_bytes(need.total_bytes),
+        format_bytes(limit_bytes),
+        f"{format_bytes(over)} too much" if over > 0 else "fits",
+    )
+
+
+def _largest(graph: ModelGraph, plan: Plan) -> str:
+    unit = max(graph.units, key=lambda u: u.parameter_bytes + u.buffer_bytes)
+    factor = 2 + plan.optimizer_factor if plan.training else 1
+    return (
+        f"The largest unit, {unit.name!r} ({unit.kind}), takes about "
+        f"{format_bytes(int(unit.parameter_bytes * factor) + unit.buffer_bytes)} and cannot be split."
+    )
+
+
+def _ways_out(plan: Plan) -> str:
+    free = sum(d.memory_bytes for d in plan.inventory.trainable)
+    need = sum(plan.need_of(d.name).total_bytes for d in plan.devices)
+    ways = []
+    if need <= free and plan.policy != "memory_first":
+        ways.append("placement='memory_first', which fills the devices under their limits")
+    ways.append("more devices (devices='auto' takes all that this machine has) or higher memory limits")
+    if plan.training and plan.optimizer_factor >= 1:
+        ways.append("an optimizer with less state, such as SGD")
+    if plan.training:
+        ways.append("a 16-bit precision such as precision='bf16-true'")
+    return "; ".join(ways)
+
+
+def _listing(names: list[str] | tuple[str, ...]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,1 @@
+"""Do it: moves tensors, hooks modules, and makes user code run over several devices."""

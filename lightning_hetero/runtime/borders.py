@@ -1,0 +1,122 @@
+"""The hooks at the borders of placed modules: inputs come in to the module's device, outputs go back to the root.
+
+They are ordinary module hooks, so `copy.deepcopy` and pickling of a placed module work, and the copy is placed
+like its original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hetero.runtime import frames
+from lightning_hetero.runtime.frames import Frame
+from lightning_hetero.runtime.hooks import Hook
+from lightning_hetero.runtime.transfer import map_tensors, move, to_device
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EnterBlock(Hook):
+    """Before the `forward` of a module that lies on one device: its inputs move there."""
+
+    device: torch.device
+
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Forward pre-hook."""
+        frame = Frame(id(module), self.device)
+        copies: dict[int, Tensor] = {}
+
+        def visit(tensor: Tensor) -> Tensor:
+            if tensor.device == self.device:
+                return tensor
+            if id(tensor) not in copies:  # one tensor passed twice arrives as one tensor
+                copies[id(tensor)] = copy = _carry_in(tensor, self.device)
+                frame.moved.append((tensor, copy, copy._version))
+            return copies[id(tensor)]
+
+        new_args = map_tensors(args, visit, self.device)
+        new_kwargs = map_tensors(kwargs, visit, self.device)
+        frames.push(frame)
+        return None if new_args is args and new_kwargs is kwargs else (new_args, new_kwargs)
+
+
+@dataclass(frozen=True)
+class LeaveBlock(Hook):
+    """After the `forward` of a module that lies on one device: its outputs go where control goes."""
+
+    root: torch.device
+
+    def __call__(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Forward hook, called after an exception too (then `output` is None)."""
+        frame = frames.pop(id(module))
+        if frame is None:
+            return None
+        _write_back(frame)
+        given_of = {id(copy): given for given, copy, _ in frame.moved}
+        around = frames.top()
+        if around is not None and around.chain:
+            return None  # the next link of the chain fetches it
+        home = self.root
+
+        def visit(tensor: Tensor) -> Tensor:
+            # An input that is handed through comes back as the very tensor that was given.
+            given = given_of.get(id(tensor))
+            return to_device(tensor, home) if given is None or given.device != home else given
+
+        new = map_tensors(output, visit, home)
+        return None if new is output else new
+
+
+@dataclass(frozen=True)
+class EnterSplit(Hook):
+    """Before the `forward` of a module whose parts lie on several devices; its own code computes on the root.
+
+    Args:
+        root: The root device.
+        chain: Whether its `forward` is that of nn.Sequential, which no user code sees into: then what one part
+            returns goes straight to the next.
+    """
+
+    root: torch.device
+    chain: bool
+
+    def __call__(self, module: nn.Module, args: Args) -> None:
+        """Forward pre-hook."""
+        frames.push(Frame(id(module), self.root, self.chain))
+
+
+@dataclass(frozen=True)
+class LeaveSplit(Hook):
+    """After the `forward` of a split module: its outputs go back to the root."""
+
+    root: torch.device
+
+    def __call__(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Forward hook, called after an exception too (then `output` is None)."""
+        frames.pop(id(module))
+        around = frames.top()
+        if around is not None and around.chain:
+            return None
+        new = move(output, self.root)
+        return None if new is output else new
+
+
+def _carry_in(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of an input that can tell whether it was changed in place: tensors of inference mode cannot."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return to_device(tensor, device)
+    return to_device(tensor, device)
+
+
+def _write_back(frame: Frame) -> None:
+    """What the module did to its inputs in place (nn.ReLU(inplace=True)) must be seen by who passed them."""
+    for given, copy, version in frame.moved:
+        if copy._version != version:
+            given.copy_(copy)

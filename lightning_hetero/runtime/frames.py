@@ -1,0 +1,58 @@
+"""What this thread is in the middle of: a stack of the placed modules whose `forward` is running."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Frame:
+    """One running `forward` of a placed module.
+
+    Attributes:
+        owner: `id` of the module.
+        device: Where its code computes.
+        chain: Whether its code only hands one child's output to the next child.
+        moved: (given, copy on `device`, version of the copy) for every input that had to move.
+    """
+
+    owner: int
+    device: torch.device
+    chain: bool = False
+    moved: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+
+_LOCAL = _Local()
+
+
+def push(frame: Frame) -> None:
+    """Enter a module."""
+    _LOCAL.frames.append(frame)
+
+
+def pop(owner: int) -> Frame | None:
+    """Leave the module `owner`; None if it was never entered.
+
+    Frames above it belong to calls that ended without leaving, through an exception in somebody's hook.
+    """
+    frames = _LOCAL.frames
+    for depth in range(len(frames) - 1, -1, -1):
+        if frames[depth].owner == owner:
+            frame = frames[depth]
+            del frames[depth:]
+            return frame
+    return None
+
+
+def top() -> Frame | None:
+    """The innermost running module, or None in user code outside of any."""
+    return _LOCAL.frames[-1] if _LOCAL.frames else None

@@ -1,0 +1,135 @@
+"""Puts a plan into effect on a module, and takes it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from lightning_hetero.plan.plan import Plan
+from lightning_hetero.runtime.borders import EnterBlock, EnterSplit, LeaveBlock, LeaveSplit
+from lightning_hetero.runtime.emulate import METER, EnterEmulated, LeaveEmulated, Pace, paces
+from lightning_hetero.runtime.guard import guard, release
+from lightning_hetero.runtime.hooks import add_hooks
+from lightning_hetero.runtime.layout import Layout, lay_out
+from lightning_hetero.runtime.reconcile import DeviceReconciler
+from lightning_hetero.runtime.relocate import Replaced, relocate
+
+
+class PlacedModel:
+    """A module whose parts stand where a plan wants them, running in connected mode.
+
+    Connected mode: the module's own code runs, one part after the other, with its ordinary autograd graph. Inputs
+    move where a block begins, outputs return to the root device where control returns to user code.
+
+    Args:
+        module: The module. It stays the same object, as do its parameters.
+        plan: A checked plan for it.
+
+    Attributes:
+        replaced: Pairs of old and new Parameter where torch did not let one keep its identity; optimizers that
+            hold the old one must be given the new one. Usually empty.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
+        self.module = module
+        self.plan = plan
+        self.root = torch.device(str(plan.root.torch_device))
+        self.replaced: Replaced = []
+        inventory = plan.inventory
+        self.layout: Layout = lay_out(module, {unit: inventory[name] for unit, name in plan.device_of.items()})
+        self._paces = paces(plan.devices)
+        self._buffers: list[tuple[nn.Module, torch.device]] = []
+
+    @property
+    def spans_devices(self) -> bool:
+        """Whether tensors live on more than one device of torch."""
+        return len(self.plan.torch_devices) > 1
+
+    def place(self, before_hooks: Callable[[nn.Module, Layout], Layout] | None = None) -> None:
+        """Move parameters, buffers and metrics, and put the hooks and guards on.
+
+        Args:
+            before_hooks: Called in between with the module and its layout; may exchange blocks for others.
+
+        Raises:
+            PlacementError: A parameter has no values (meta device).
+        """
+        targets = list(self._targets())
+        self.replaced = relocate(targets, self.module)
+        for metric in self.layout.metrics:
+            metric.to(self.root)
+        self._buffers = [(module, device) for module, device in targets if module._buffers]
+        if before_hooks is not None:
+            self.layout = before_hooks(self.module, self.layout)
+        self._hook()
+        if self.spans_devices:
+            guard((module for module, _ in targets), self.root)
+
+    def return_buffers(self) -> None:
+        """Bring buffers back that user code or a callback replaced by new ones elsewhere.
+
+        StochasticWeightAveraging, for one, makes new running statistics on the root device.
+        """
+        if not self.spans_devices:
+            return
+        astray = [
+            (module, device)
+            for module, device in self._buffers
+            if any(buffer is not None and buffer.device != device for buffer in module._buffers.values())
+        ]
+        if astray:
+            relocate(astray, self.module)
+
+    def release(self, device: torch.device | None = None) -> Replaced:
+        """Take hooks and guards off and, if a device is given, gather everything there.
+
+        Returns:
+            Pairs of old and new Parameter, as in `replaced`.
+        """
+        release(self.module)
+        METER.rest()
+        if device is None:
+            return []
+        replaced = relocate([(module, device) for module, _ in self._targets()], self.module)
+        for metric in self.layout.metrics:
+            metric.to(device)
+        return replaced
+
+    def reconciler(self) -> DeviceReconciler | None:
+        """The mode under which user code may mix tensors of several devices; None if there is only one."""
+        compiled = any(hasattr(module, "_orig_mod") for module in self.module.modules())
+        # torch.compile would trace through the mode at every operation.
+        return DeviceReconciler(self.root) if self.spans_devices and not compiled else None
+
+    def _targets(self) -> Iterator[tuple[nn.Module, torch.device]]:
+        """Every module with the device of the tensors that it owns itself."""
+        for split in self.layout.splits:
+            yield split.module, self.root
+        in_block: set[int] = set()
+        for block in self.layout.blocks:
+            device = torch.device(str(block.device.torch_device))
+            for module in block.module.modules():
+                if id(module) not in in_block:
+                    in_block.add(id(module))
+                    yield module, device
+        known = in_block | {id(split.module) for split in self.layout.splits}
+        apart = (*self.layout.metrics, *self.layout.placed_elsewhere)
+        known |= {id(inner) for module in apart for inner in module.modules()}
+        for module in self.module.modules():
+            if id(module) not in known:
+                yield module, self.root
+
+    def _hook(self) -> None:
+        for split in self.layout.splits:
+            # The root of a LightningModule is called by the host; its code is the user's step.
+            if self.spans_devices and (split.module is not self.module or split.chain):
+                add_hooks(split.module, EnterSplit(self.root, split.chain), LeaveSplit(self.root))
+        for block in self.layout.blocks:
+            if self.spans_devices:
+                device = torch.device(str(block.device.torch_device))
+                add_hooks(block.module, EnterBlock(device), LeaveBlock(self.root), with_kwargs=True)
+            pace = self._paces.get(block.device.name, Pace())
+            if pace != Pace():
+                add_hooks(block.module, EnterEmulated(pace), LeaveEmulated(pace))

@@ -1,0 +1,71 @@
+"""The schedule `interleaved_1f1b`: 1F1B where each device owns several stages, for a shorter warm-up and drain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_hetero.errors import ScheduleError
+from lightning_hetero.schedule.action import Action
+from lightning_hetero.schedule.pipeline import Pipeline
+from lightning_hetero.schedule.rule import alternating, register_schedule
+
+
+@register_schedule("interleaved_1f1b")
+@dataclass(frozen=True)
+class Interleaved1F1B:
+    """Take micro-batches in rounds, about one for each device; a device runs a round through one of its stages
+    after the other. Meant for stages dealt out in turn, (0, 1, 0, 1); any other deal works too.
+
+    Attributes:
+        spare: Micro-batches in flight on each stage beyond what equal stages and instant transfers need.
+
+    References:
+        Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters, SC 2021, section 2.2.
+        The rounds are those of torch's `ScheduleInterleaved1F1B`, without its demand that they be equal.
+    """
+
+    spare: int = 1
+    name: str = field(default="interleaved_1f1b", init=False)
+    all_forwards_first: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.spare < 0:
+            raise ScheduleError(f"spare must be 0 or more micro-batches, got {self.spare}; sequential holds fewer")
+
+    def priority(self, action: Action, pipeline: Pipeline) -> int:
+        """Round after round: forwards from the device's first stage to its last, backwards from last to first."""
+        lap, laps = _lap(action.stage, pipeline)
+        size = _round(pipeline)
+        start = action.micro_batch // size * size
+        here = min(size, pipeline.micro_batches - start)  # the last round may be smaller
+        turn = lap if action.op == "F" else laps - 1 - lap
+        index = start * laps + turn * here + action.micro_batch - start
+        return alternating(action.op, index, _warm_up(action.stage, pipeline))
+
+    def in_flight(self, stage: int, pipeline: Pipeline) -> int:
+        """The forwards of the stage up to its first backward, and the spare ones."""
+        lap, laps = _lap(stage, pipeline)
+        size = _round(pipeline)
+        # Before that, the device has warmed up, and alternated through the backwards of its later stages.
+        rounds, rest = divmod(_warm_up(stage, pipeline) + 1 + (laps - 1 - lap) * size, laps * size)
+        return rounds * size + min(max(rest - lap * size, 0), size) + self.spare
+
+
+def _lap(stage: int, pipeline: Pipeline) -> tuple[int, int]:
+    """Which of its device's stages this is, and how many the device has."""
+    device = pipeline.device_of[stage]
+    return pipeline.device_of[:stage].count(device), pipeline.device_of.count(device)
+
+
+def _round(pipeline: Pipeline) -> int:
+    """Micro-batches of a round."""
+    rounds = max(1, pipeline.micro_batches // len(pipeline.devices))
+    return -(-pipeline.micro_batches // rounds)
+
+
+def _warm_up(stage: int, pipeline: Pipeline) -> int:
+    """Forwards of the stage's device before it alternates: a round through all its stages but the last, and the
+    way from there to the end of the ring and back.
+    """
+    behind = len(pipeline.devices) - 1 - pipeline.devices.index(pipeline.device_of[stage])
+    return (_lap(stage, pipeline)[1] - 1) * _round(pipeline) + 2 * behind

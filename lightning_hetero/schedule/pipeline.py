@@ -1,0 +1,74 @@
+"""What a schedule is asked about: stages in a chain on their devices, and the micro-batches that pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lightning_hetero.errors import ScheduleError
+from lightning_hetero.schedule.action import Action, Op
+
+_OPS: tuple[tuple[Op, ...], ...] = (("F", "B"), ("F", "I", "W"), ("F",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """A chain of stages, the device of each, and what they do with every micro-batch.
+
+    It knows no seconds and no bytes: order does not need them, so stages may be as unequal as they like.
+
+    Attributes:
+        device_of: Index of the device of each stage, shape (stages,). A device may own several stages.
+        micro_batches: Number of micro-batches in a step.
+        ops: What a stage does with each of them, in this order. The last op lets go of what the forward kept, so
+            with `("F",)`, inference, nothing is held and no schedule holds a micro-batch back.
+    """
+
+    device_of: tuple[int, ...]
+    micro_batches: int
+    ops: tuple[Op, ...] = ("F", "B")
+
+    def __post_init__(self) -> None:
+        if not self.device_of or min(self.device_of) < 0:
+            raise ScheduleError(f"device_of must name a device, from 0, for at least one stage; got {self.device_of}")
+        if self.micro_batches < 1:
+            raise ScheduleError(f"a step has at least 1 micro-batch, got {self.micro_batches}")
+        if self.ops not in _OPS:
+            raise ScheduleError(f"ops must be one of {', '.join(map(str, _OPS))}; got {self.ops}")
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.device_of)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The devices that own a stage, in the order in which a micro-batch first meets them."""
+        return tuple(dict.fromkeys(self.device_of))
+
+    def actions(self) -> Iterator[Action]:
+        """Everything that has to be done, each action once."""
+        for stage in range(self.stages):
+            for micro_batch in range(self.micro_batches):
+                yield from (Action(stage, op, micro_batch) for op in self.ops)
+
+    def needs(self, action: Action) -> tuple[Action, ...]:
+        """The actions that must be done before this one can begin.
+
+        A forward needs that of the stage before. A backward (or its input half) needs the forward of its own
+        stage and the backward of the stage after. A weight gradient needs the input gradient of its own stage.
+        """
+        stage, op, micro_batch = action.stage, action.op, action.micro_batch
+        if op == "F":
+            return (Action(stage - 1, "F", micro_batch),) if stage else ()
+        if op == "W":
+            return (Action(stage, "I", micro_batch),)
+        forward = Action(stage, "F", micro_batch)
+        return (forward,) if stage == self.stages - 1 else (forward, Action(stage + 1, op, micro_batch))
+
+    def unlocks(self, action: Action) -> tuple[Action, ...]:
+        """The actions that need this one, that is, `needs` read backwards."""
+        stage, op, micro_batch = action.stage, action.op, action.micro_batch
+        neighbours = [(stage + 1 if op == "F" else stage - 1, op), *((stage, other) for other in self.ops)]
+        candidates = [Action(at, what, micro_batch) for at, what in neighbours if 0 <= at < self.stages]
+        return tuple(candidate for candidate in candidates if action in self.needs(candidate))

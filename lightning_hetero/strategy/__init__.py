@@ -1,0 +1,29 @@
+"""Lightning's face: strategy and accelerator, one pair of classes for each of Lightning's two namespaces.
+
+`lightning_hetero.strategy.HeteroStrategy` is the class for the namespace that the program uses: `lightning.pytorch`
+if it is imported, else `pytorch_lightning` if that is, else `lightning.pytorch`. The name "hetero" is right in both.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_hetero.strategy.lightning_pytorch import HeteroAccelerator, HeteroStrategy
+
+__all__ = ["HeteroAccelerator", "HeteroStrategy"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_hetero.strategy.register import strategy_module
+
+    return getattr(strategy_module(namespace_in_use()), name)
+
+
+def namespace_in_use() -> str:
+    """The Lightning namespace that this program imported, "lightning.pytorch" if both or none."""
+    both = ("lightning.pytorch", "pytorch_lightning")
+    return next((namespace for namespace in both if namespace in sys.modules), both[0])

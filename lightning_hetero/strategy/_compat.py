@@ -1,0 +1,46 @@
+"""The one place for names that Lightning does not promise to keep, looked up in the namespace of the host.
+
+`lightning.pytorch` and `pytorch_lightning` are two copies of one library that do not know each other. What is taken
+from the host has to come from the very copy whose Trainer runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+NAMESPACES = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One copy of Lightning.
+
+    Attributes:
+        namespace: "lightning.pytorch" or "pytorch_lightning".
+        update_properties: Sets `self.device` of a LightningModule without moving it.
+        empty_init: Context manager that skips the filling of new parameters.
+        mixed_precision: Its class of that name.
+    """
+
+    namespace: str
+    update_properties: Callable[..., None]
+    empty_init: Callable[..., Any]
+    mixed_precision: type[Any]
+
+
+def host(namespace: str) -> Host:
+    """Look the names up.
+
+    Args:
+        namespace: "lightning.pytorch" or "pytorch_lightning".
+    """
+    fabric = NAMESPACES[namespace]
+    return Host(
+        namespace=namespace,
+        update_properties=importlib.import_module(f"{fabric}.utilities.device_dtype_mixin")._update_properties,
+        empty_init=importlib.import_module(f"{fabric}.utilities.init")._EmptyInit,
+        mixed_precision=importlib.import_module(f"{namespace}.plugins").MixedPrecision,
+    )

@@ -1,0 +1,324 @@
+"""The strategy: what Lightning calls, in terms of plan and runtime. Knows no Lightning namespace.
+
+To Lightning this is a strategy for one device, the root: batches, outputs, metrics and `self.device` are there. Where
+the parts of the model are is the runtime's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lightning_hetero.devices import Inventory
+from lightning_hetero.errors import UnsupportedError, UsageError
+from lightning_hetero.placement import PlacementPolicy
+from lightning_hetero.plan import Plan
+from lightning_hetero.runtime.modes import activate, deactivate
+from lightning_hetero.runtime.placed import PlacedModel
+from lightning_hetero.runtime.reconcile import DeviceReconciler
+from lightning_hetero.strategy._compat import Host
+from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
+from lightning_hetero.strategy.checkpoint import on_cpu
+from lightning_hetero.strategy.memory import readable_out_of_memory
+from lightning_hetero.strategy.optimizers import (
+    check_optimizers,
+    exchange_parameters,
+    keep_state_beside_parameters,
+    state_factor,
+)
+from lightning_hetero.strategy.options import as_policy, requested_inventory
+from lightning_hetero.strategy.planning import Planning
+from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
+from lightning_hetero.strategy.refusals import check_callbacks, check_processes
+from lightning_hetero.strategy.report import print_plan, save_plan
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import SingleDeviceStrategy as _Base
+else:
+    _Base = object
+
+log = logging.getLogger(__name__)
+
+DevicesArgument = str | int | list[str] | dict[str, str | None] | None
+PlacementArgument = str | dict[str, str | int] | PlacementPolicy | None
+
+
+class HeteroStrategyCore(_Base):
+    """Trains a model whose parts stand on several devices of one machine, in one process.
+
+    Args:
+        devices: The devices to use; the first that can train is the root. "auto" takes all of this machine. Also
+            "cuda:0,cuda:1,cpu", a list, a number, a mapping of device to memory limit, or the path of an inventory
+            file; see `lightning_hetero.resolve_devices`. None takes what `Trainer(accelerator=, devices=)` or the
+            environment variable HETERO_DEVICES say.
+        placement: Name of a placement policy, a mapping of module name to device (Hugging Face's `device_map`
+            spelling; "" for the rest, "auto" to leave it to the policy), or a policy object. None takes the
+            environment variable HETERO_PLACEMENT, else "auto".
+        memory: Memory limits by device, such as {"cuda:1": "10GiB"}.
+        plan: Path of a plan that was saved as JSON; it takes the place of the policy.
+        no_split: Names or classes of modules that have to stay whole.
+        verbose: Whether to print the plan once.
+        checkpoint_io: As in every Lightning strategy.
+        precision_plugin: As in every Lightning strategy.
+
+    Raises:
+        PlacementError: The placement is no policy.
+    """
+
+    strategy_name = "hetero"
+    host: ClassVar[Host]
+    accelerator_class: ClassVar[type[HeteroAcceleratorCore]]
+    precision_class: ClassVar[type[HeteroMixedPrecisionCore]]
+
+    def __init__(
+        self,
+        devices: DevicesArgument = None,
+        placement: PlacementArgument = None,
+        memory: dict[str, str | int] | None = None,
+        plan: str | Path | None = None,
+        no_split: list[str] | None = None,
+        verbose: bool = True,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+    ) -> None:
+        super().__init__(device="cpu", checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        self._devices = devices
+        self._policy = as_policy(placement)
+        self._memory: Mapping[str, Any] = dict(memory or {})
+        self._plan_file = None if plan is None else Path(plan)
+        self._no_split: Sequence[str] = tuple(no_split or ())
+        self._verbose = verbose
+        self._inventory: Inventory | None = None
+        self._plan: Plan | None = None
+        self._shown: dict[str, str] | None = None  # placement that was printed last
+        self._placed: PlacedModel | None = None
+        self._reconciler: DeviceReconciler | None = None
+
+    # What Lightning's connector sets
+
+    @property
+    def parallel_devices(self) -> None:
+        """Always None: to Lightning this strategy has one device. Setting it tells what the Trainer asked for."""
+        return
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: Sequence[torch.device]) -> None:
+        self._inventory = requested_inventory(self._devices, devices, self._memory)
+        self._root_device = torch.device(str(self._inventory.root.torch_device))
+        fits = self._accelerator is not None and _serves(self._accelerator, self._root_device)
+        if not fits:
+            self._accelerator = self.accelerator_class()
+        if isinstance(self._accelerator, HeteroAcceleratorCore):
+            self._accelerator.serves_strategy = True
+
+    @property
+    def num_nodes(self) -> int:
+        """Always 1."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        if num_nodes > 1:
+            raise UnsupportedError(
+                f"Trainer(num_nodes={num_nodes}, strategy='hetero'): this strategy drives the devices of one machine "
+                "from one process; several machines are not supported yet. Leave out num_nodes."
+            )
+
+    @property
+    def precision_plugin(self) -> Any:
+        """The precision plugin; mixed precision is replaced by one for several kinds of devices."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Any) -> None:
+        if type(plugin) is self.host.mixed_precision:
+            plugin = self.precision_class.of(plugin)
+        self._precision_plugin = plugin
+
+    # What users may ask
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the latest run; None before the first."""
+        return self._plan
+
+    @property
+    def inventory(self) -> Inventory | None:
+        """The devices of this run; None before a Trainer took the strategy."""
+        return self._inventory
+
+    # Setup and teardown
+
+    def setup_environment(self) -> None:
+        """Prepare the root device.
+
+        Raises:
+            UnsupportedError: A launcher started several processes.
+            UsageError: No Trainer has taken this strategy.
+        """
+        check_processes(os.environ)
+        if self._inventory is None:
+            raise UsageError("the strategy has no devices yet; hand it to Trainer(strategy=...)")
+        super().setup_environment()
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """New modules are built on the CPU, never whole on the root: they may not fit there."""
+        with self.host.empty_init(enabled=bool(empty_init)), self.precision_plugin.tensor_init_context():
+            yield
+
+    def setup(self, trainer: Any) -> None:
+        """Plan, place, make the optimizers, and show the plan.
+
+        Raises:
+            PlacementError: The policy cannot be obeyed for this model.
+            InfeasiblePlanError: The plan does not fit the devices.
+            UnsupportedError: A callback, optimizer or precision cannot work over the devices of the plan.
+        """
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        fitting = trainer.state.fn == "fit"
+        planning = self._planning(fitting)
+        self._place(planning.before_optimizers())
+        self.model = self._setup_model(self.model)
+        if fitting:
+            self.setup_optimizers(trainer)
+            factor = state_factor(self.optimizers)
+            assert self._plan is not None
+            if factor != self._plan.optimizer_factor:
+                self._place(planning.with_optimizer(factor))
+            check_optimizers(self.optimizers)
+        assert self._placed is not None
+        check_callbacks(trainer.callbacks, self._plan)
+        self.setup_precision_plugin()
+        if fitting:
+            keep_state_beside_parameters(self.optimizers)
+        self._reconciler = self._placed.reconciler()
+        if self._reconciler is not None:
+            activate(self._reconciler)
+        self._show(trainer)
+
+    def model_to_device(self) -> None:
+        """Place the model for inference, as Lightning's base class would move it."""
+        self._place(self._planning(fitting=False).before_optimizers())
+
+    def teardown(self) -> None:
+        """Gather everything on the CPU and leave nothing behind. Never raises over the placement.
+
+        Lightning calls this while another exception is on its way to the user; that one must not be hidden.
+        """
+        try:
+            self._release(torch.device("cpu"))
+            super().teardown()
+        except Exception:
+            log.warning("the model could not be gathered on the CPU; parts of it may still be elsewhere", exc_info=True)
+            for part in (self.precision_plugin, self._accelerator, self.checkpoint_io):
+                if part is not None:
+                    part.teardown()
+
+    def _planning(self, fitting: bool) -> Planning:
+        assert self.model is not None
+        assert self._inventory is not None
+        self._release(None)
+        return Planning.of(
+            self.model,
+            self._inventory,
+            self._policy,
+            no_split=self._no_split,
+            plan_file=self._plan_file,
+            training=fitting,
+        )
+
+    def _place(self, plan: Plan) -> None:
+        """Put a plan into effect, or go over from another one to it."""
+        assert self.model is not None
+        previous, self._plan = self._plan, plan
+        if self._placed is not None and previous is not None and previous.device_of == plan.device_of:
+            return
+        self._release(None)
+        self._placed = PlacedModel(self.model, plan)
+        if isinstance(self._precision_plugin, HeteroMixedPrecisionCore):
+            self._precision_plugin.use_devices(map(torch.device, plan.torch_devices))
+        self._placed.place()
+        exchange_parameters(self.optimizers, self._placed.replaced)
+        self.host.update_properties(self.model, device=self.root_device)
+
+    def _release(self, device: torch.device | None) -> None:
+        """Undo `_place`; the tensors stay where they are unless a device is given."""
+        reconciler, self._reconciler = self._reconciler, None
+        if reconciler is not None:
+            deactivate(reconciler)
+        placed, self._placed = self._placed, None
+        if placed is not None:
+            exchange_parameters(self.optimizers, placed.release(device))
+
+    def _show(self, trainer: Any) -> None:
+        plan = self._plan
+        assert plan is not None
+        if plan.device_of == self._shown or trainer.fast_dev_run:
+            return
+        self._shown = plan.device_of
+        if self._verbose and len(plan.used) > 1:
+            print_plan(plan)
+        elif self._verbose:
+            log.info("%s", " ".join(plan.notes))
+        if trainer.loggers and trainer.log_dir is not None:
+            save_plan(plan, Path(trainer.log_dir))
+
+    # During a run
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put buffers that somebody replaced back to their devices."""
+        if self._placed is not None:
+            self._placed.return_buffers()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's step."""
+        with readable_out_of_memory():
+            return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's step."""
+        with readable_out_of_memory():
+            return super().validation_step(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Backward over all devices."""
+        with readable_out_of_memory():
+            return super().backward(*args, **kwargs)
+
+    # Checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The model's state, on the CPU."""
+        state: dict[str, Any] = on_cpu(super().lightning_module_state_dict())
+        return state
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state, on the CPU."""
+        state: dict[str, Any] = on_cpu(super().optimizer_state(optimizer))
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load states from a checkpoint, each beside its parameter."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict(state)
+        keep_state_beside_parameters(self.optimizers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "_placed": None, "_reconciler": None}
+
+
+def _serves(accelerator: Any, root: torch.device) -> bool:
+    """Whether an accelerator of the host works for a root device of this type."""
+    name = type(accelerator).__name__.lower()
+    return isinstance(accelerator, HeteroAcceleratorCore) or name.startswith(root.type)

@@ -1,0 +1,28 @@
+"""Strategy, accelerator and precision plugin for the namespace `lightning.pytorch`."""
+
+from __future__ import annotations
+
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lightning_hetero.strategy._compat import host
+from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
+from lightning_hetero.strategy.core import HeteroStrategyCore
+from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
+
+
+class HeteroAccelerator(HeteroAcceleratorCore, Accelerator):
+    """Devices of any kind, together: `Trainer(accelerator="hetero", devices="cuda:0,cpu", strategy="hetero")`."""
+
+
+class HeteroMixedPrecision(HeteroMixedPrecisionCore, MixedPrecision):
+    """Mixed precision over several kinds of devices; takes the place of Lightning's plugin by itself."""
+
+
+class HeteroStrategy(HeteroStrategyCore, SingleDeviceStrategy):  # noqa: D101
+    __doc__ = HeteroStrategyCore.__doc__
+
+    host = host("lightning.pytorch")
+    accelerator_class = HeteroAccelerator
+    precision_class = HeteroMixedPrecision

@@ -1,0 +1,95 @@
+"""Reads what users wrote: policies by name, device maps, and defaults from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_hetero.devices import Inventory, resolve_devices
+from lightning_hetero.errors import InventoryError, PlacementError
+from lightning_hetero.placement import ManualPolicy, PlacementPolicy, get_policy
+
+DEVICES_VARIABLE = "HETERO_DEVICES"
+PLACEMENT_VARIABLE = "HETERO_PLACEMENT"
+
+
+def as_policy(placement: Any) -> PlacementPolicy:
+    """The policy that a user's `placement` means.
+
+    Args:
+        placement: Name of a policy, a mapping of module name to device, a policy, a class or function that makes
+            one, or None for the environment variable HETERO_PLACEMENT and else "auto".
+
+    Raises:
+        PlacementError: It is none of these.
+    """
+    if placement is None:
+        placement = os.environ.get(PLACEMENT_VARIABLE) or "auto"
+    if isinstance(placement, str):
+        return get_policy(placement)
+    if isinstance(placement, Mapping):
+        return ManualPolicy({str(key): _device(value) for key, value in placement.items()})
+    if callable(placement) and (isinstance(placement, type) or not hasattr(placement, "place")):
+        placement = placement()
+    if isinstance(placement, PlacementPolicy):
+        return placement
+    raise PlacementError(
+        f"placement={placement!r} is neither the name of a policy, nor a mapping of module name to device, nor an "
+        "object with a `name` and a method `place(problem)`."
+    )
+
+
+def requested_inventory(devices: Any, host_devices: Sequence[torch.device], memory: Mapping[str, Any]) -> Inventory:
+    """The devices that the user wants, wherever the wish was written.
+
+    The strategy's own `devices` come first, then those of `Trainer(accelerator="hetero", devices=...)`, then the
+    environment variable HETERO_DEVICES, and then what the host's accelerator stands for.
+
+    Args:
+        devices: The strategy's argument.
+        host_devices: What the host hands over.
+        memory: Limits by device name.
+
+    Raises:
+        InventoryError: The request cannot be met.
+    """
+    found = getattr(host_devices, "inventory", None)
+    if devices is None and found is None:
+        devices = os.environ.get(DEVICES_VARIABLE)
+    if devices is not None:
+        return resolve_devices(devices, memory=memory)
+    if found is not None:
+        return resolve_devices(found, memory=memory)
+    return resolve_devices(_meant_by_host(host_devices), memory=memory)
+
+
+def _meant_by_host(host_devices: Sequence[torch.device]) -> Inventory:
+    """What "auto", "gpu" or "cpu" of the host mean.
+
+    Lightning hands over `[cpu]` for `accelerator="auto"` on a machine without a GPU, and for
+    `accelerator="cpu"` on any. It knows no accelerators but CUDA, MPS and TPU. So `[cpu]` is taken for "auto", that is
+    everything, unless the machine has a CUDA or MPS device that "auto" would have chosen.
+    """
+    everything = resolve_devices(None)
+    kinds = {device.type for device in host_devices}
+    chosen_by_auto = {device.kind for device in everything} & {"cuda", "mps"}
+    if kinds <= {"cpu"}:
+        if not chosen_by_auto:
+            return everything
+        return _only(everything, lambda name, kind: kind == "cpu")
+    names = {str(device) for device in host_devices}
+    return _only(everything, lambda name, kind: kind not in kinds or name in names)
+
+
+def _only(inventory: Inventory, keep: Any) -> Inventory:
+    names = [device.name for device in inventory if keep(device.name, device.kind)]
+    if not names:
+        raise InventoryError(f"none of the devices is wanted; there are: {', '.join(inventory.names)}")
+    return resolve_devices(names, discovered=inventory)
+
+
+def _device(value: Any) -> str | int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else str(value)

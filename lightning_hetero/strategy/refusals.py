@@ -1,0 +1,41 @@
+"""What is refused before training, because Lightning or torch cannot do it over several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.plan import Plan
+
+
+def check_processes(environment: Mapping[str, str]) -> None:
+    """Refuse to run as one of several processes: each would train the whole model on all data, alone.
+
+    Raises:
+        UnsupportedError: torchrun or another launcher set WORLD_SIZE above 1.
+    """
+    size = environment.get("WORLD_SIZE", "1")
+    if size.isdigit() and int(size) > 1:
+        raise UnsupportedError(
+            f"a launcher started {size} processes (WORLD_SIZE={size}), but strategy 'hetero' drives all devices of a "
+            "machine from one process. Start the script with python instead of torchrun."
+        )
+
+
+def check_callbacks(callbacks: Iterable[Any], plan: Plan | None) -> None:
+    """Refuse callbacks that join the parameters of all layers into one tensor.
+
+    Raises:
+        UnsupportedError: Global pruning with a plan over several devices of torch.
+    """
+    if plan is None or len(plan.torch_devices) < 2:
+        return
+    for callback in callbacks:
+        names = {cls.__name__ for cls in type(callback).__mro__}
+        if "ModelPruning" in names and getattr(callback, "_use_global_unstructured", False):
+            raise UnsupportedError(
+                "ModelPruning(use_global_unstructured=True) ranks the weights of all layers in one tensor, which torch "
+                f"refuses over {', '.join(plan.torch_devices)}. Set use_global_unstructured=False, which prunes layer "
+                "by layer, or use placement='single'."
+            )

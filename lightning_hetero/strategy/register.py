@@ -1,0 +1,41 @@
+"""Makes the word "hetero" known to a Lightning namespace, for `strategy=` and for `accelerator=`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+NAME = "hetero"
+_MODULES = {
+    "lightning.pytorch": "lightning_hetero.strategy.lightning_pytorch",
+    "pytorch_lightning": "lightning_hetero.strategy.pytorch_lightning",
+}
+
+
+def strategy_module(namespace: str) -> Any:
+    """Our module whose classes derive from those of `namespace`."""
+    return importlib.import_module(_MODULES[namespace])
+
+
+def register(namespace: str) -> None:
+    """Register strategy and accelerator in one namespace; a second call changes nothing.
+
+    Args:
+        namespace: "lightning.pytorch" or "pytorch_lightning"; it must be imported already.
+    """
+    strategies = importlib.import_module(f"{namespace}.strategies").StrategyRegistry
+    accelerators = importlib.import_module(f"{namespace}.accelerators").AcceleratorRegistry
+    if NAME not in strategies:
+        # A function, so that our code is loaded when somebody asks for it and not before.
+        strategies.register(
+            NAME,
+            lambda **options: strategy_module(namespace).HeteroStrategy(**options),
+            description="Places the model over all devices of this machine",
+        )
+    if NAME not in accelerators:
+        # The host looks into classes of all accelerators when one of them is not available.
+        accelerators.register(
+            NAME,
+            strategy_module(namespace).HeteroAccelerator,
+            description="Devices of any kind, together",
+        )

@@ -1,0 +1,74 @@
+"""`strategy="hetero"` with the real Lightning, in both of its namespaces and in every order of imports."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+REPORT = """
+for pl in (lightning.pytorch, pytorch_lightning):
+    trainer = pl.Trainer(strategy="hetero", accelerator="cpu", logger=False, enable_checkpointing=False)
+    strategy = trainer.strategy
+    print(pl.__name__, type(strategy).__name__, isinstance(strategy, pl.strategies.SingleDeviceStrategy))
+"""
+BOTH_RESOLVE = "lightning.pytorch HeteroStrategy True\npytorch_lightning HeteroStrategy True\n"
+
+
+def test_it_resolves_when_the_hook_was_there_first(run_python: RunPython) -> None:
+    result = run_python("-c", "import lightning_hetero, torch, lightning.pytorch, pytorch_lightning" + REPORT)
+
+    assert result.stdout == BOTH_RESOLVE, result.stderr
+
+
+def test_it_resolves_when_lightning_was_there_first(run_python: RunPython) -> None:
+    result = run_python("-c", "import lightning.pytorch, pytorch_lightning, lightning_hetero" + REPORT)
+
+    assert result.stdout == BOTH_RESOLVE, result.stderr
+
+
+def test_the_accelerator_resolves_by_name_too(run_python: RunPython) -> None:
+    program = """
+import lightning_hetero
+from lightning.pytorch import Trainer
+
+trainer = Trainer(strategy="hetero", accelerator="hetero", devices="cpu", logger=False, enable_checkpointing=False)
+print(type(trainer.accelerator).__name__, trainer.strategy.root_device)
+"""
+    result = run_python("-c", program)
+
+    assert result.stdout == "HeteroAccelerator cpu\n", result.stderr
+
+
+def test_an_environment_variable_of_lightning_chooses_it_without_any_change_of_code(run_python: RunPython) -> None:
+    program = """
+import lightning_hetero
+from lightning.pytorch import Trainer
+
+print(type(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).strategy).__name__)
+"""
+    result = run_python("-c", program, PL_TRAINER_STRATEGY="hetero")
+
+    assert result.stdout == "HeteroStrategy\n", result.stderr
+
+
+def test_our_classes_may_be_imported_before_lightning(run_python: RunPython) -> None:
+    program = """
+from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+
+print("hetero" in AcceleratorRegistry, "hetero" in StrategyRegistry)
+"""
+    result = run_python("-c", program)
+
+    assert (result.stdout, result.stderr) == ("True True\n", "")
+
+
+def test_the_off_switch_leaves_lightning_as_it_was(run_python: RunPython) -> None:
+    program = "import lightning_hetero, lightning.pytorch as pl; pl.Trainer(strategy='hetero', accelerator='cpu')"
+    result = run_python("-c", program, LIGHTNING_HETERO_AUTOREGISTER="0")
+
+    assert result.returncode == 1
+    assert "invalid strategy name: `strategy='hetero'`" in result.stderr

@@ -1,0 +1,77 @@
+"""The console script finds commands, and is quick where no work is asked for."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+import lightning_hetero
+from lightning_hetero.cli import COMMANDS, main
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == (
+        "lightning-hetero: unknown command 'trian'. Did you mean 'train'? Commands are train, devices.\n"
+    )
+
+
+def test_a_command_like_no_other_is_answered_with_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["xyz"]) == 2
+    assert capsys.readouterr().err == "lightning-hetero: unknown command 'xyz'. Commands are train, devices.\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out == f"lightning-hetero {lightning_hetero.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"]])
+def test_help_lists_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(words)
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name}" in text and purpose in text for name, purpose in COMMANDS.items())
+
+
+def test_without_a_command_the_help_is_shown_and_the_exit_code_is_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: lightning-hetero COMMAND" in capsys.readouterr().out
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--verison"])
+    assert leaving.value.code == 2
+    assert "unrecognized arguments: --verison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--cfg", "job", "experiment=digits"]])
+def test_nothing_heavy_is_imported_where_nothing_is_trained(
+    words: list[str], run_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    code = f"""
+import sys
+from lightning_hetero.cli import main
+try:
+    main({words!r})
+except SystemExit as leaving:
+    assert leaving.code == 0, leaving.code
+heavy = {{"torch", "lightning", "torchmetrics", "numpy", "sklearn"}} & {{*sys.modules}}
+assert not heavy, heavy
+"""
+    ran = run_python("-c", code)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_the_package_runs_as_a_module_and_hands_on_the_exit_code(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    ran = run_python("-m", "lightning_hetero.cli", "devices", "--devices", "cpu@speed=0")
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("lightning-hetero devices: 'cpu@speed=0': ")

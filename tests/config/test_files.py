@@ -1,0 +1,119 @@
+"""Every configuration file composes, and says in its first lines which command uses it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_hetero._conf import conf_dir
+from lightning_hetero.config import check_groups
+
+PROGRAM = ["lightning-hetero", "train"]
+OURS = sorted(path for path in conf_dir().rglob("*.yaml") if path.parent.name != "hetero")
+GROUP_FILES = [path for path in OURS if path.parent != conf_dir()]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", [*overrides])
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The arguments of every `lightning-hetero train` in the comment on top of a file."""
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            return
+        if line.startswith("#     lightning-hetero train"):
+            yield shlex.split(line.removeprefix("#"))[len(PROGRAM) :]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(conf_dir()).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=name_of)
+def test_every_file_of_a_group_composes(path: Path) -> None:
+    assert composed(f"{path.parent.name}={path.stem}").seed == 1
+
+
+@pytest.mark.parametrize("path", OURS, ids=name_of)
+def test_every_file_opens_with_commands_that_use_it_and_that_compose(path: Path) -> None:
+    shown = [*commands(path)]
+    assert shown
+    for words in shown:
+        # A sweep composes once for each of its values; the first stands for the others.
+        sweep = words[:1] == ["-m"]
+        first = [re.sub(r",\w+$", "", word) if sweep else word for word in words if word != "-m"]
+        check_groups(composed(*first))
+    if path in GROUP_FILES:
+        assert any(f"{path.parent.name}={path.stem}" in words for words in shown) or path.parent.name == "trainer"
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=name_of)
+def test_no_file_repeats_a_default_of_the_python_code(path: Path) -> None:
+    if path.parent.name in ("data", "model"):
+        assert list(yaml.safe_load(path.read_text())) == ["_target_"]
+    if path.parent.name in ("devices", "placement"):
+        given = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "defaults"}
+        plain = composed()[path.parent.name]
+        assert all(plain[key] != value for key, value in given.items())
+
+
+@pytest.mark.parametrize("policy", ["auto", "single", "even", "memory_first"])
+def test_a_placement_file_means_the_policy_of_its_name(policy: str) -> None:
+    assert composed(f"placement={policy}").trainer.strategy.placement == policy
+
+
+def test_placement_by_hand_hands_the_map_to_the_strategy() -> None:
+    cfg = composed("placement=manual", r"placement.device_map={features.0: cpu, head: cuda\:0, *: auto}")
+    assert cfg.trainer.strategy.placement == {"features.0": "cpu", "head": "cuda:0", "*": "auto"}
+
+
+def test_the_groups_reach_the_strategy() -> None:
+    cfg = composed(
+        "devices.request=[cuda:0,cpu]",
+        r"devices.memory={cuda\:0: 10GiB}",
+        "placement.no_split=[Block]",
+        "placement.plan=p.json",
+    )
+    strategy: Any = OmegaConf.to_container(cfg.trainer.strategy, resolve=True)
+    assert strategy == {
+        "_target_": "lightning_hetero.HeteroStrategy",
+        "devices": ["cuda:0", "cpu"],
+        "memory": {"cuda:0": "10GiB"},
+        "placement": "auto",
+        "no_split": ["Block"],
+        "plan": "p.json",
+    }
+
+
+def test_an_experiment_may_choose_the_placement_and_the_command_line_still_wins() -> None:
+    assert composed("experiment=digits").placement.policy == "even"
+    assert composed("experiment=digits", "placement=auto").placement.policy == "auto"
+    assert composed("placement=auto", "experiment=digits").placement.policy == "auto"
+    assert composed("experiment=digits").trainer.max_epochs == 6
+    assert composed("trainer.max_epochs=1", "experiment=digits").trainer.max_epochs == 1
+
+
+def test_plain_lightning_is_one_override_away() -> None:
+    assert composed("experiment=digits", "devices=emulated", "trainer.strategy=auto").trainer.strategy == "auto"
+
+
+def test_the_emulated_devices_are_three_unequal_ones() -> None:
+    from lightning_hetero import resolve_devices
+
+    request = OmegaConf.to_container(composed("devices=emulated").devices.request)
+    inventory = resolve_devices(request)
+    assert [(d.name, d.speed, d.memory_bytes, d.threads) for d in inventory] == [
+        ("emulated:0", 1.0, 2 * 2**30, 1),
+        ("emulated:1", 0.5, 2**30, 1),
+        ("emulated:2", 0.25, 2**29, 1),
+    ]

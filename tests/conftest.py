@@ -1,0 +1,239 @@
+"""What all tests share: guards that fail a test which leaves a trace, the emulated accelerator, a child Python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+import torch
+from torch.nn.modules import module as torch_module
+
+import lightning_hetero  # noqa: F401  (its import hook belongs to the state in which every test begins)
+
+if TYPE_CHECKING:
+    from lightning_hetero.testing import EmulatedAccelerator
+
+Things = dict[str, object]
+
+# Environment variables that a test may leave behind; their old values are put back.
+ENVIRONMENT_OF_A_RUN = {
+    "PL_GLOBAL_SEED": "seed_everything of Lightning",
+    "PL_SEED_WORKERS": "seed_everything of Lightning",
+    "CUBLAS_WORKSPACE_CONFIG": "Trainer(deterministic=True)",
+}
+# Environment variables that stay once some package was imported or initialised for the first time.
+ENVIRONMENT_OF_IMPORTS = {
+    "PYTEST_CURRENT_TEST": "pytest says here which phase of which test runs",
+    "CUDA_DEVICE_ORDER": "CUDAAccelerator.setup of Lightning",
+    "CUDA_MODULE_LOADING": "first use of CUDA by torch",
+    "KMP_DUPLICATE_LIB_OK": "import sklearn",
+    "KMP_INIT_AT_FORK": "import sklearn",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "import lightning.fabric",
+    "TORCHINDUCTOR_CACHE_DIR": "first compilation by inductor",
+    "TRITON_CACHE_DIR": "first compilation by triton",
+    "USE_LIBUV": "import lightning.fabric, on Windows",
+}
+# Import hooks that packages install for themselves when they are imported, by their module.
+FOREIGN_IMPORT_HOOKS = ("six", "_distutils_hack", "setuptools", "tensorboard")
+# Helper processes of the standard library and torch, which live as long as the interpreter.
+LASTING_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch._inductor.compile_worker")
+# The classes that everybody patches, as torch made them, and marks that Python and torch themselves put on them.
+TORCH_CLASSES = {cls: dict(vars(cls)) for cls in (torch.nn.Module, torch.Tensor)}
+MARKS_ON_CLASSES = {"__slotnames__": "copy", "___needs_generation_tag_patch": "torch.compile"}
+# Folders that the tools of the house make in the repository's root.
+TOOL_CACHES = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
+
+
+def _threads() -> Things:
+    """Threads that could outlive the test: those that keep Python alive, and all of our own."""
+    ours = [t for t in threading.enumerate() if not t.daemon or "hetero" in t.name]
+    return {f"{t.name!r} ({t.ident})": t for t in ours}
+
+
+def _children() -> Things:
+    found: Things = {}
+    for child in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(child.cmdline())
+        except psutil.Error:  # it ended just now, or waits to be waited for
+            command = child.status() if child.is_running() else ""
+        if not any(name in command for name in LASTING_CHILDREN):
+            found[f"{child.pid} ({command})"] = child
+    return found
+
+
+def _environment() -> Things:
+    allowed = {*ENVIRONMENT_OF_A_RUN, *ENVIRONMENT_OF_IMPORTS}
+    return {name: value for name, value in os.environ.items() if name not in allowed}
+
+
+def _import_hooks() -> Things:
+    def module_of(finder: object) -> str:
+        return str(getattr(finder, "__module__", type(finder).__module__))
+
+    foreign = [f for f in sys.meta_path if module_of(f).partition(".")[0] in FOREIGN_IMPORT_HOOKS]
+    return {f"{finder!r}": finder for finder in sys.meta_path if finder not in foreign}
+
+
+def _module_hooks() -> Things:
+    hooks = {k: v for k, v in vars(torch_module).items() if k.startswith("_global_") and isinstance(v, dict)}
+    return {f"{name}[{key}]": hook for name, held in hooks.items() for key, hook in held.items()}
+
+
+def _patched_classes() -> Things:
+    # A PrivateUse1 backend adds `is_<name>` and the like when it is registered, which cannot be undone.
+    backend = torch._C._get_privateuse1_backend_name()
+    return {
+        f"{cls.__name__}.{name}": as_imported[name] if _is_dynamos(value) else value
+        for cls, as_imported in TORCH_CLASSES.items()
+        for name, value in vars(cls).items()
+        if backend not in name and name not in MARKS_ON_CLASSES
+    }
+
+
+def _is_dynamos(value: object) -> bool:
+    """Whether it is the wrapper that the first `torch.compile` puts around methods of `nn.Module`, for good."""
+    return getattr(value, "__module__", "") == "torch._dynamo.mutation_guard"
+
+
+def _torch_state() -> Things:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic algorithms, warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "number of threads": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "anomaly mode": torch.is_anomaly_enabled(),
+        "autocast on the CPU": torch.is_autocast_enabled("cpu"),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "swap_module_params_on_conversion": torch.__future__.get_swap_module_params_on_conversion(),
+        "depth of torch function modes": torch._C._len_torch_function_stack(),
+        "depth of torch dispatch modes": torch._C._len_torch_dispatch_stack(),
+    }
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One kind of trace that a test must not leave.
+
+    Attributes:
+        what: The kind, for the message.
+        look: The things of that kind which are there now, by name.
+        may_vanish: Whether things that were there before the test may be gone after it.
+        patience_s: How long a new thing may take to go away by itself.
+    """
+
+    what: str
+    look: Callable[[], Mapping[str, object]]
+    may_vanish: bool = False
+    patience_s: float = 0.0
+
+    def traces(self, before: Mapping[str, object]) -> list[str]:
+        """What is different now, one line each, after waiting for it to go away."""
+        deadline = time.monotonic() + self.patience_s
+        while (found := self._differences(before)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return found
+
+    def _differences(self, before: Mapping[str, object]) -> list[str]:
+        after = self.look()
+        found = [f"new {self.what}: {name}" for name in after.keys() - before.keys()]
+        if not self.may_vanish:
+            found += [f"{self.what} gone: {name}" for name in before.keys() - after.keys()]
+        changed = [n for n in before.keys() & after.keys() if before[n] is not after[n] and before[n] != after[n]]
+        return found + [f"{self.what} changed: {n}, from {before[n]!r} to {after[n]!r}" for n in changed]
+
+
+def _guards(root: Path) -> tuple[Guard, ...]:
+    def files() -> Things:
+        return {path.name: True for path in root.iterdir() if path.name not in TOOL_CACHES}
+
+    return (
+        Guard("thread", _threads, may_vanish=True, patience_s=2.0),
+        Guard("child process", _children, may_vanish=True, patience_s=2.0),
+        Guard("environment variable", _environment),
+        Guard("import hook", _import_hooks, may_vanish=True),
+        Guard("global module hook", _module_hooks),
+        Guard("attribute of a torch class", _patched_classes),
+        Guard("state of torch", _torch_state),
+        Guard("working directory", lambda: {"cwd": Path.cwd()}),
+        Guard("file outside tmp_path", files, may_vanish=True),
+    )
+
+
+def _put_back(environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Fail a test that changes what the next one begins with."""
+    guards = [(guard, guard.look()) for guard in _guards(pytestconfig.rootpath)]
+    environment = {name: os.environ.get(name) for name in ENVIRONMENT_OF_A_RUN}
+    yield
+    _put_back(environment)
+    traces = [trace for guard, before in guards for trace in guard.traces(before)]
+    if traces:
+        pytest.fail("the test leaves a trace; undo it in a fixture or a `finally`:\n  " + "\n  ".join(traces))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Keep sums in one order, so that equal runs are equal bit for bit on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> EmulatedAccelerator:
+    """The emulated accelerator, an extra torch device type: built in C++, or in Python without a compiler."""
+    from lightning_hetero.testing import install_accelerator
+
+    return install_accelerator("auto")
+
+
+@pytest.fixture
+def run_python(pytestconfig: pytest.Config, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a fresh Python in `tmp_path` with the checkout on its path: `run_python("-c", code, NAME="value")`."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        switches = {"LIGHTNING_HETERO_AUTOREGISTER", "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+        inherited = {name: value for name, value in os.environ.items() if name not in switches}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={**inherited, "PYTHONPATH": str(pytestconfig.rootpath), **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs CUDA where there is none."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+        for item in items:
+            if "cuda" in item.keywords and item.get_closest_marker("cuda"):
+                item.add_marker(skip)

@@ -1,0 +1,63 @@
+"""Every example runs as it stands, and short."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run(run_python: RunPython, name: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    ran = run_python(str(EXAMPLES / name), *words, OMP_NUM_THREADS="1", **environment)
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+def test_every_example_is_run_here_and_short() -> None:
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert [path.name for path in files] == ["01_five_lines.py", "02_plain_pytorch.py", "03_device_map.py"]
+    assert all(len(path.read_text().splitlines()) < 80 for path in files)
+
+
+def test_five_lines(run_python: RunPython) -> None:
+    ran = run(
+        run_python,
+        "01_five_lines.py",
+        HETERO_DEVICES="cpu@speed=1,cpu@speed=0.5",
+        HETERO_PLACEMENT="even",
+    )
+    assert "emulated:1" in ran.stdout
+    accuracy = re.search(r"test/acc\s+│\s+(\d\.\d+)", ran.stdout)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.96
+
+
+@pytest.mark.parametrize("words", [(), ("--torchscript",)], ids=["eager", "torchscript"])
+def test_plain_pytorch(run_python: RunPython, words: tuple[str, ...]) -> None:
+    lines = run(run_python, "02_plain_pytorch.py", *words).stdout.splitlines()
+    stages, epochs, result = lines[:2], lines[2:-1], lines[-1]
+    assert len({stage.partition(": ")[0] for stage in stages}) == 2
+    assert len(epochs) == 6
+    assert float(result.removeprefix("accuracy ")) > 0.93
+
+
+def test_device_map(run_python: RunPython) -> None:
+    lines = run(run_python, "03_device_map.py").stdout.splitlines()
+    stages = [line for line in lines if re.match("(large|small): ", line)]
+    assert [stage.partition(": ")[0] for stage in stages] == ["large", "small", "large"]
+    assert stages[1].startswith("small: blocks.2.")
+    assert stages[1].endswith(", norm")
+
+
+def test_device_map_under_a_limit_that_is_too_small_says_so(run_python: RunPython) -> None:
+    ran = run_python(str(EXAMPLES / "03_device_map.py"), "--small", "1MiB", OMP_NUM_THREADS="1")
+    assert ran.returncode == 1
+    assert "The map does not fit:" in ran.stderr
+    assert "on 'small', which has 1.00 MiB" in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -1,0 +1,54 @@
+"""Runs of the Trainer that compare the strategy with one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+import lightning_hetero.testing.policies  # noqa: F401  (registers round_robin)
+from lightning_hetero.testing.accelerator import EmulatedAccelerator
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+
+@pytest.fixture(autouse=True)
+def _no_limits(accelerator: EmulatedAccelerator) -> Iterator[None]:
+    yield
+    accelerator.reset()
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> dict[str, Any]:
+    """Trainer options for a run that writes nothing but what the test asks for."""
+    return {
+        "default_root_dir": tmp_path,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
+@pytest.fixture
+def plain(quiet: dict[str, Any]) -> MakeTrainer:
+    """A Trainer on the CPU, without this package's strategy."""
+    return lambda **options: pl.Trainer(**{**quiet, "accelerator": "cpu", "devices": 1, "max_epochs": 2, **options})
+
+
+@pytest.fixture
+def hetero(quiet: dict[str, Any], accelerator: EmulatedAccelerator) -> MakeTrainer:
+    """A Trainer with this package's strategy on the CPU and two accelerators, a border at every unit."""
+    from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
+
+    def make(
+        devices: Any = None, placement: Any = "round_robin", strategy: dict[str, Any] | None = None, **options: Any
+    ) -> pl.Trainer:
+        devices = devices or ["cpu", *accelerator.devices[:2]]
+        chosen = HeteroStrategy(devices=devices, placement=placement, verbose=False, **(strategy or {}))
+        return pl.Trainer(**{**quiet, "strategy": chosen, "max_epochs": 2, **options})
+
+    return make

@@ -1,0 +1,133 @@
+"""What cannot work is refused before training, in words that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelPruning
+from torch import nn
+
+from lightning_hetero.errors import (
+    InfeasiblePlanError,
+    InventoryError,
+    PlacementError,
+    PlanFileError,
+    UnsupportedError,
+    UsageError,
+)
+from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
+from lightning_hetero.testing.accelerator import EmulatedAccelerator
+from lightning_hetero.testing.lightning_module import Classifier, data
+
+
+def test_lbfgs_over_several_devices(hetero: Any) -> None:
+    model = Classifier("mlp", lambda p: torch.optim.LBFGS(p))
+    with pytest.raises(UnsupportedError, match=r"LBFGS joins all parameters into one vector.*placement='single'"):
+        hetero().fit(model, data())
+    assert model.losses == []
+
+
+def test_lbfgs_on_one_device_works(hetero: Any) -> None:
+    model = Classifier("mlp", lambda p: torch.optim.LBFGS(p, max_iter=2))
+    hetero(placement="single", max_epochs=1).fit(model, data())
+    assert model.losses
+
+
+def test_capturable_optimizers_with_parameters_on_the_cpu(hetero: Any) -> None:
+    model = Classifier("mlp", lambda p: torch.optim.Adam(p, capturable=True))
+    with pytest.raises(UnsupportedError, match=r"Adam\(capturable=True\) is for CUDA graphs"):
+        hetero().fit(model, data())
+
+
+def test_global_pruning(hetero: Any) -> None:
+    pruning = ModelPruning("l1_unstructured", use_global_unstructured=True, amount=0.3)
+    with pytest.raises(UnsupportedError, match=r"Set use_global_unstructured=False"):
+        hetero(callbacks=[pruning]).fit(Classifier(), data())
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_training_with_a_table(hetero: Any) -> None:
+    model = Classifier()
+    with pytest.raises(InfeasiblePlanError, match=r"(?s)needed +limit.*too much"):
+        hetero(placement="even", strategy={"memory": {"cpu": "1KiB"}}).fit(model, data())
+    assert model.losses == []
+
+
+def test_the_state_of_the_real_optimizer_decides_not_that_of_adam(hetero: Any) -> None:
+    """The model needs 9.0 KiB with SGD and 18 KiB with Adam."""
+    limits = {"memory": {"cpu": "10KiB"}}
+    model = Classifier("mlp", lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = hetero(devices="cpu", placement="auto", strategy=limits)
+    trainer.fit(model, data())
+    assert trainer.strategy.plan.optimizer_factor == 0.0
+    with pytest.raises(InfeasiblePlanError, match="an optimizer with less state, such as SGD"):
+        hetero(devices="cpu", placement="auto", strategy=limits).fit(Classifier(), data())
+
+
+def test_a_model_larger_than_any_device_trains_on_several(
+    hetero: Any, plain: Any, accelerator: EmulatedAccelerator
+) -> None:
+    limits = {"memory": {"cpu": "12KiB", accelerator.devices[0]: "12KiB"}}
+    alone, spread = Classifier(), Classifier()
+    plain().fit(alone, data())
+    trainer = hetero(devices=["cpu", accelerator.devices[0]], placement="auto", strategy=limits)
+    trainer.fit(spread, data())
+    assert len(trainer.strategy.plan.used) == 2
+    assert spread.losses == alone.losses
+
+
+def test_several_nodes(quiet: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"Trainer\(num_nodes=2, strategy='hetero'\).*Leave out num_nodes"):
+        pl.Trainer(**quiet, strategy="hetero", num_nodes=2)
+
+
+def test_several_processes(hetero: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match=r"WORLD_SIZE=2.*with python instead of torchrun"):
+        hetero().fit(Classifier(), data())
+
+
+def test_the_accelerator_without_the_strategy(quiet: dict[str, Any], accelerator: EmulatedAccelerator) -> None:
+    for devices in ("cpu", ["cpu", accelerator.devices[0]]):
+        trainer = pl.Trainer(**quiet, accelerator="hetero", devices=devices, max_epochs=1)
+        with pytest.raises(UsageError, match=r"needs strategy=\"hetero\""):
+            trainer.fit(Classifier(), data())
+
+
+def test_unknown_devices_policies_and_files(quiet: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(PlacementError, match="unknown placement policy 'fastest'"):
+        HeteroStrategy(placement="fastest")
+    with pytest.raises(PlacementError, match="is neither the name of a policy"):
+        HeteroStrategy(placement=3)  # type: ignore[arg-type]
+    with pytest.raises(InventoryError, match="cuda:99"):
+        pl.Trainer(**quiet, strategy=HeteroStrategy(devices="cuda:99"))
+    with pytest.raises(InventoryError, match="cuda:99"):
+        pl.Trainer(**quiet, strategy="hetero", accelerator="hetero", devices="cuda:99")
+    trainer = pl.Trainer(**quiet, strategy=HeteroStrategy(plan=tmp_path / "none.json"), max_epochs=1)
+    with pytest.raises(PlanFileError, match=r"none.json' cannot be read"):
+        trainer.fit(Classifier(), data())
+
+
+def test_a_plan_of_another_model_or_other_devices(hetero: Any, tmp_path: Path) -> None:
+    trainer = hetero(max_epochs=1)
+    trainer.fit(Classifier(), data())
+    path = tmp_path / "plan.json"
+    path.write_text(trainer.strategy.plan.to_json())
+    with pytest.raises(PlacementError, match=r"made for another model: 'net\.\w+' is a unit of one of the two only"):
+        hetero(strategy={"plan": path}).fit(Classifier("recurrent"), data("recurrent"))
+    with pytest.raises(PlacementError, match=r"the plan uses .*, which this run does not have: cpu"):
+        hetero(devices="cpu", strategy={"plan": path}).fit(Classifier(), data())
+
+
+def test_parameters_without_values(hetero: Any) -> None:
+    class Meta(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.device("meta"):
+                self.net.second = nn.Linear(16, 16)
+
+    with pytest.raises(PlacementError, match=r"Linear.weight is on the meta device"):
+        hetero().fit(Meta(), data())
