@@ -6,6 +6,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_hetero._autoload import install
 from lightning_hetero.strategy._compat import host
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
 from lightning_hetero.strategy.core import HeteroStrategyCore
@@ -26,3 +27,6 @@ class HeteroStrategy(HeteroStrategyCore, SingleDeviceStrategy):  # noqa: D101
     host = host("lightning.pytorch")
     accelerator_class = HeteroAccelerator
     precision_class = HeteroMixedPrecision
+
+
+install()  # completes what `register` had to leave out if the host was imported by this module

@@ -32,10 +32,8 @@ def register(namespace: str) -> None:
             lambda **options: strategy_module(namespace).HeteroStrategy(**options),
             description="Places the model over all devices of this machine",
         )
-    if NAME not in accelerators:
-        # The host looks into classes of all accelerators when one of them is not available.
-        accelerators.register(
-            NAME,
-            strategy_module(namespace).HeteroAccelerator,
-            description="Devices of any kind, together",
-        )
+    # The host looks into classes of all accelerators when one of them is not available, so no function here. The
+    # class is missing while its module is being imported, which imports the host; the module's last line calls again.
+    accelerator = getattr(strategy_module(namespace), "HeteroAccelerator", None)
+    if NAME not in accelerators and accelerator is not None:
+        accelerators.register(NAME, accelerator, description="Devices of any kind, together")
