@@ -10,6 +10,7 @@ Every message says what happened, why, and what to do next. Each class is also a
     ├── ScheduleError         ValueError    a schedule, program or timeline that cannot be
     ├── InfeasiblePlanError   RuntimeError  a plan that needs more memory than a device has
     ├── UnsupportedError      RuntimeError  a feature of torch or Lightning that cannot work over several devices
+    ├── HangError             RuntimeError  a step that does not end
     └── UsageError            RuntimeError  the parts of this package put together in a way that cannot run
 """
 
@@ -46,3 +47,7 @@ class UnsupportedError(HeteroError, RuntimeError):
 
 class UsageError(HeteroError, RuntimeError):
     """The parts of this package were put together in a way that cannot run."""
+
+
+class HangError(HeteroError, RuntimeError):
+    """A step over several devices that has not ended within the time that it was given."""

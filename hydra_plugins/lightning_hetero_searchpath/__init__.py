@@ -38,6 +38,9 @@ class HeteroConf:
     memory: Optional[Dict[str, Any]] = None  # noqa: UP006, UP045
     plan: Optional[str] = None  # noqa: UP045
     no_split: Optional[List[str]] = None  # noqa: UP006, UP045
+    micro_batches: Optional[int] = None  # noqa: UP045
+    rematerialize: bool = False
+    hang_timeout_s: float = 600.0
     verbose: bool = True
     checkpoint_io: Any = None
     precision_plugin: Any = None

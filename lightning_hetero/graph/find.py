@@ -29,7 +29,7 @@ _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PARAMETER_LISTS = (nn.ParameterList, nn.ParameterDict)
 
 
-def find_units(root: nn.Module, no_split: Iterable[str] = ()) -> ModelGraph:
+def find_units(root: nn.Module, no_split: str | Iterable[str] = ()) -> ModelGraph:
     """Walk the module tree of `root` and list the units that a plan may place.
 
     A module is one unit, with all that it contains, when
@@ -47,12 +47,12 @@ def find_units(root: nn.Module, no_split: Iterable[str] = ()) -> ModelGraph:
 
     Args:
         root: The module, for example a LightningModule.
-        no_split: Module names ("net.blocks.0") or class names ("Block") to keep whole.
+        no_split: Module names ("net.blocks.0") or class names ("Block") to keep whole; a single one may be a text.
 
     Raises:
         PlacementError: An entry of `no_split` fits no module of `root`.
     """
-    no_split = tuple(no_split)
+    no_split = (no_split,) if isinstance(no_split, str) else tuple(no_split)
     _check_no_split(root, no_split)
     found = list(_walk(root, "", frozenset(no_split) | _declared(root), {id(root)}))
     aliases = _aliases(root, {id(module): name for name, module, _ in found})

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,16 @@ class Meter(threading.local):
         self._since_s = 0.0
         self._outer: list[Pace] = []
         self._host_threads = 0
+        self._around_sleep: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @contextmanager
+    def sleeping(self, around: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Enter `around()` for every sleep within the block: what a working device holds, a sleeping one lets go."""
+        before, self._around_sleep = self._around_sleep, around
+        try:
+            yield
+        finally:
+            self._around_sleep = before
 
     def enter(self, pace: Pace) -> None:
         """Work for a device begins, in the middle of other work."""
@@ -85,7 +96,8 @@ class Meter(threading.local):
             torch.set_num_threads(pace.threads or self._host_threads)
         self._pace = pace
         if owed_s > 0:
-            time.sleep(owed_s)
+            with self._around_sleep():
+                time.sleep(owed_s)
         self._since_s = time.thread_time()
 
 

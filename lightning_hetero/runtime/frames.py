@@ -56,3 +56,13 @@ def pop(owner: int) -> Frame | None:
 def top() -> Frame | None:
     """The innermost running module, or None in user code outside of any."""
     return _LOCAL.frames[-1] if _LOCAL.frames else None
+
+
+def depth() -> int:
+    """How many modules this thread is in."""
+    return len(_LOCAL.frames)
+
+
+def cut_to(depth: int) -> None:
+    """Leave modules until `depth` are left."""
+    del _LOCAL.frames[depth:]

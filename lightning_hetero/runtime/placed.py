@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from torch import nn
 from lightning_hetero.plan.plan import Plan
 from lightning_hetero.runtime.borders import EnterBlock, EnterSplit, LeaveBlock, LeaveSplit
 from lightning_hetero.runtime.emulate import METER, EnterEmulated, LeaveEmulated, Pace, paces
+from lightning_hetero.runtime.engine.engine import Engine
+from lightning_hetero.runtime.engine.worker import Record
 from lightning_hetero.runtime.guard import guard, release
 from lightning_hetero.runtime.hooks import add_hooks
 from lightning_hetero.runtime.layout import Layout, lay_out
@@ -17,25 +20,51 @@ from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.runtime.relocate import Replaced, relocate
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipelining:
+    """How batches flow through the devices of a plan.
+
+    Attributes:
+        micro_batches: How many a batch is cut into; 1 does not cut.
+        rematerialize: Whether the backward runs the forward of each micro-batch again, to keep fewer activations.
+        hang_timeout_s: Seconds after which a call that has not ended is given up.
+        once_per_batch: Names of methods of the model that must not be called for a part of a batch.
+        records: Where to note which device did what, and when; None notes nothing.
+    """
+
+    micro_batches: int = 1
+    rematerialize: bool = False
+    hang_timeout_s: float = 600.0
+    once_per_batch: Sequence[str] = ()
+    records: list[Record] | None = None
+
+
 class PlacedModel:
-    """A module whose parts stand where a plan wants them, running in connected mode.
+    """A module whose parts stand where a plan wants them.
 
     Connected mode: the module's own code runs, one part after the other, with its ordinary autograd graph. Inputs
     move where a block begins, outputs return to the root device where control returns to user code.
 
+    Pipelined mode: calls of modules that lie on several devices are cut into micro-batches, wherever that changes
+    nothing, and the devices work at the same time; see `lightning_hetero.runtime.engine`.
+
     Args:
         module: The module. It stays the same object, as do its parameters.
         plan: A checked plan for it.
+        pipelining: Whether and how to cut batches.
 
     Attributes:
+        engine: What runs pipelined calls; None in connected mode.
         replaced: Pairs of old and new Parameter where torch did not let one keep its identity; optimizers that
             hold the old one must be given the new one. Usually empty.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan) -> None:
+    def __init__(self, module: nn.Module, plan: Plan, pipelining: Pipelining | None = None) -> None:
         self.module = module
         self.plan = plan
         self.root = torch.device(str(plan.root.torch_device))
+        self.pipelining = pipelining or Pipelining()
+        self.engine: Engine | None = None
         self.replaced: Replaced = []
         inventory = plan.inventory
         self.layout: Layout = lay_out(module, {unit: inventory[name] for unit, name in plan.device_of.items()})
@@ -66,6 +95,18 @@ class PlacedModel:
         self._hook()
         if self.spans_devices:
             guard((module for module, _ in targets), self.root)
+        if self.pipelining.micro_batches > 1 and len({block.device.name for block in self.layout.blocks}) > 1:
+            self.engine = Engine(
+                self.module,
+                self.layout,
+                self.root,
+                self.pipelining.micro_batches,
+                rematerialize=self.pipelining.rematerialize,
+                paces=self._paces,
+                hang_timeout_s=self.pipelining.hang_timeout_s,
+                once_per_batch=self.pipelining.once_per_batch,
+                records=self.pipelining.records,
+            )
 
     def return_buffers(self) -> None:
         """Bring buffers back that user code or a callback replaced by new ones elsewhere.
@@ -88,6 +129,9 @@ class PlacedModel:
         Returns:
             Pairs of old and new Parameter, as in `replaced`.
         """
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.close()
         release(self.module)
         METER.rest()
         if device is None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.runtime import frames
-from lightning_hetero.runtime.transfer import to_device
+from lightning_hetero.runtime.transfer import to_device, version_of
 
 # These write to an input that is neither `self` nor `out`; a copy would take the change and be lost.
 _WRITE_ELSEWHERE = frozenset(
@@ -69,10 +69,10 @@ class DeviceReconciler(TorchFunctionMode):
             new_args, new_kwargs, moved = self._together(name, args, kwargs)
             if not moved:
                 raise
-        versions = [copy._version for _, copy in moved]
+        versions = [version_of(copy) for _, copy in moved]
         result = func(*new_args, **new_kwargs)
         for (given, copy), version in zip(moved, versions, strict=True):
-            if copy._version != version:
+            if version_of(copy) != version:
                 given.copy_(copy)
         return result
 
@@ -85,20 +85,9 @@ class DeviceReconciler(TorchFunctionMode):
             return args, kwargs, []
         kept = _written(name, args, kwargs)
         target = self._target(tensors, kept)
-        moved: list[tuple[Tensor, Tensor]] = []
-
-        def visit(obj: Any) -> Any:
-            if isinstance(obj, Tensor):
-                if obj.device == target or obj is kept:
-                    return obj
-                copy = to_device(obj, target)
-                moved.append((obj, copy))
-                return copy
-            if isinstance(obj, (list, tuple)) and not hasattr(obj, "_fields"):
-                return type(obj)([visit(item) for item in obj]) if type(obj) in (list, tuple) else obj
-            return obj
-
-        return tuple(map(visit, args)), {key: visit(value) for key, value in kwargs.items()}, moved
+        carrier = _Carrier(target, kept)
+        new_kwargs = {key: carrier.carry(value) for key, value in kwargs.items()}
+        return tuple(map(carrier.carry, args)), new_kwargs, carrier.moved
 
     def _target(self, tensors: Iterable[Tensor], kept: Tensor | None) -> torch.device:
         """Where the operation is carried out: where it writes, else where its weights are, else here."""
@@ -109,6 +98,27 @@ class DeviceReconciler(TorchFunctionMode):
             return weights.pop()
         frame = frames.top()
         return self._root if frame is None else frame.device
+
+
+class _Carrier:
+    """Brings tensors to one device. Not a function that calls itself: that is a circle, and what moved would stay."""
+
+    def __init__(self, target: torch.device, kept: Tensor | None) -> None:
+        self._target = target
+        self._kept = kept
+        self.moved: list[tuple[Tensor, Tensor]] = []
+
+    def carry(self, obj: Any) -> Any:
+        """The object with its tensors on the target device; lists and tuples are looked into."""
+        if isinstance(obj, Tensor):
+            if obj.device == self._target or obj is self._kept:
+                return obj
+            copy = to_device(obj, self._target)
+            self.moved.append((obj, copy))
+            return copy
+        if type(obj) in (list, tuple):
+            return type(obj)(self.carry(item) for item in obj)
+        return obj
 
 
 def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -26,6 +26,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def move(obj: Any, device: torch.device) -> Any:
     """`obj` with every tensor in it on `device`; `obj` itself if nothing had to move. See `map_tensors`."""
     return map_tensors(obj, lambda tensor: to_device(tensor, device), device)

@@ -20,7 +20,7 @@ from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.placement import PlacementPolicy
 from lightning_hetero.plan import Plan
 from lightning_hetero.runtime.modes import activate, deactivate
-from lightning_hetero.runtime.placed import PlacedModel
+from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
@@ -32,7 +32,12 @@ from lightning_hetero.strategy.optimizers import (
     keep_state_beside_parameters,
     state_factor,
 )
-from lightning_hetero.strategy.options import as_policy, requested_inventory
+from lightning_hetero.strategy.options import (
+    as_policy,
+    number_of_micro_batches,
+    positive_seconds,
+    requested_inventory,
+)
 from lightning_hetero.strategy.planning import Planning
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
 from lightning_hetero.strategy.refusals import check_callbacks, check_processes
@@ -47,6 +52,9 @@ log = logging.getLogger(__name__)
 
 DevicesArgument = str | int | list[str] | dict[str, str | None] | None
 PlacementArgument = str | dict[str, str | int] | PlacementPolicy | None
+
+# Methods of a LightningModule that mean one batch.
+_ONCE_PER_BATCH = ("log", "log_dict", "manual_backward", "optimizers", "lr_schedulers", "print")
 
 
 class HeteroStrategyCore(_Base):
@@ -63,12 +71,19 @@ class HeteroStrategyCore(_Base):
         memory: Memory limits by device, such as {"cuda:1": "10GiB"}.
         plan: Path of a plan that was saved as JSON; it takes the place of the policy.
         no_split: Names or classes of modules that have to stay whole.
+        micro_batches: How many parts a batch is cut into, so that the devices work on different parts at the same
+            time. Modules are cut only where that changes nothing; `training_step` runs once, on the whole batch.
+            None takes the environment variable HETERO_MICRO_BATCHES, else 1, which does not cut.
+        rematerialize: Whether the backward runs the forward of each micro-batch again instead of keeping what it needs
+            of all of them: less memory, one forward more. Only with `micro_batches`.
+        hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads.
         verbose: Whether to print the plan once.
         checkpoint_io: As in every Lightning strategy.
         precision_plugin: As in every Lightning strategy.
 
     Raises:
         PlacementError: The placement is no policy.
+        UsageError: `micro_batches` or `hang_timeout_s` is no number above 0.
     """
 
     strategy_name = "hetero"
@@ -82,7 +97,10 @@ class HeteroStrategyCore(_Base):
         placement: PlacementArgument = None,
         memory: dict[str, str | int] | None = None,
         plan: str | Path | None = None,
-        no_split: list[str] | None = None,
+        no_split: str | list[str] | None = None,
+        micro_batches: int | None = None,
+        rematerialize: bool = False,
+        hang_timeout_s: float = 600.0,
         verbose: bool = True,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
@@ -92,7 +110,13 @@ class HeteroStrategyCore(_Base):
         self._policy = as_policy(placement)
         self._memory: Mapping[str, Any] = dict(memory or {})
         self._plan_file = None if plan is None else Path(plan)
-        self._no_split: Sequence[str] = tuple(no_split or ())
+        self._no_split: str | Sequence[str] = no_split or ()
+        self._pipelining = Pipelining(
+            micro_batches=number_of_micro_batches(micro_batches),
+            rematerialize=rematerialize,
+            hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),
+            once_per_batch=_ONCE_PER_BATCH,
+        )
         self._verbose = verbose
         self._inventory: Inventory | None = None
         self._plan: Plan | None = None
@@ -244,7 +268,7 @@ class HeteroStrategyCore(_Base):
         if self._placed is not None and previous is not None and previous.device_of == plan.device_of:
             return
         self._release(None)
-        self._placed = PlacedModel(self.model, plan)
+        self._placed = PlacedModel(self.model, plan, self._pipelining)
         if isinstance(self._precision_plugin, HeteroMixedPrecisionCore):
             self._precision_plugin.use_devices(map(torch.device, plan.torch_devices))
         self._placed.place()

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from lightning_hetero.devices import Inventory, resolve_devices
-from lightning_hetero.errors import InventoryError, PlacementError
+from lightning_hetero.errors import InventoryError, PlacementError, UsageError
 from lightning_hetero.placement import ManualPolicy, PlacementPolicy, get_policy
 
 DEVICES_VARIABLE = "HETERO_DEVICES"
 PLACEMENT_VARIABLE = "HETERO_PLACEMENT"
+MICRO_BATCHES_VARIABLE = "HETERO_MICRO_BATCHES"
 
 
 def as_policy(placement: Any) -> PlacementPolicy:
@@ -64,6 +65,37 @@ def requested_inventory(devices: Any, host_devices: Sequence[torch.device], memo
     if found is not None:
         return resolve_devices(found, memory=memory)
     return resolve_devices(_meant_by_host(host_devices), memory=memory)
+
+
+def number_of_micro_batches(given: int | None) -> int:
+    """How many micro-batches a batch is cut into.
+
+    Args:
+        given: The strategy's argument; None for the environment variable HETERO_MICRO_BATCHES and else 1.
+
+    Raises:
+        UsageError: It is not a whole number from 1 on.
+    """
+    value: Any = given
+    if given is None:
+        value = os.environ.get(MICRO_BATCHES_VARIABLE) or 1
+        if isinstance(value, str) and value.strip().isdigit():
+            value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        source = "micro_batches" if given is not None else MICRO_BATCHES_VARIABLE
+        raise UsageError(f"{source}={value!r} must be a whole number from 1 on: the number of parts of a batch")
+    return value
+
+
+def positive_seconds(name: str, value: Any) -> float:
+    """A length of time.
+
+    Raises:
+        UsageError: It is no number above 0.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise UsageError(f"{name}={value!r} must be a number of seconds above 0")
+    return float(value)
 
 
 def _meant_by_host(host_devices: Sequence[torch.device]) -> Inventory:

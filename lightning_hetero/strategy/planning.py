@@ -40,7 +40,7 @@ class Planning:
         inventory: Inventory,
         policy: PlacementPolicy,
         *,
-        no_split: Sequence[str] = (),
+        no_split: str | Sequence[str] = (),
         plan_file: Path | None = None,
         training: bool,
     ) -> Planning:

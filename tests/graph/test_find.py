@@ -82,7 +82,7 @@ def test_units_that_share_a_parameter_are_tied_and_count_it_once() -> None:
     assert graph["head"].tied_to == "embed"
     assert graph["head"].parameters == 0
     assert sum(unit.parameters for unit in graph.units) + 48 == sum(p.numel() for p in model.parameters())
-    assert [[unit.name for unit in group] for group in graph.groups][0] == ["embed", "head"]
+    assert [unit.name for unit in graph.groups[0]] == ["embed", "head"]
 
 
 def test_ties_reach_across_several_units() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from lightning_hetero.testing.inventories import inventory_of
 
 def graph_of(*widths: int) -> ModelGraph:
     """A chain of linear layers."""
-    return find_units(nn.Sequential(*(nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False))))
+    return find_units(nn.Sequential(*(nn.Linear(i, o) for i, o in pairwise(widths))))
 
 
 def plan_of(graph: ModelGraph, inventory: Inventory, *devices: str, **options: Any) -> Plan:
@@ -86,7 +87,25 @@ def test_what_does_not_fit_is_refused_with_need_against_limit_and_ways_out() -> 
     text = str(caught.value)
     assert "policy 'test' needs 158 KiB on 'b', which has 100 KiB" in text
     assert [line.split() for line in text.splitlines() if line.startswith("  b ")] == [
-        "b 39.5 KiB 39.5 KiB 78.9 KiB 0 B 158 KiB 100 KiB 57.8 KiB too much".split()
+        [
+            "b",
+            "39.5",
+            "KiB",
+            "39.5",
+            "KiB",
+            "78.9",
+            "KiB",
+            "0",
+            "B",
+            "158",
+            "KiB",
+            "100",
+            "KiB",
+            "57.8",
+            "KiB",
+            "too",
+            "much",
+        ]
     ]
     assert "The largest unit, '0' (Linear), takes about 158 KiB and cannot be split." in text
     assert "SGD" in text

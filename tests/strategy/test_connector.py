@@ -41,7 +41,9 @@ def test_devices_of_the_trainer_and_of_the_strategy_mean_the_same(
 
 def test_the_strategy_wins_over_the_trainer(quiet: dict[str, Any], accelerator: EmulatedAccelerator) -> None:
     strategy = HeteroStrategy(devices="cpu")
-    assert names(pl.Trainer(**quiet, strategy=strategy, accelerator="hetero", devices=accelerator.devices[0])) == ("cpu",)
+    assert names(pl.Trainer(**quiet, strategy=strategy, accelerator="hetero", devices=accelerator.devices[0])) == (
+        "cpu",
+    )
 
 
 def test_the_environment_gives_the_plain_name_its_options(

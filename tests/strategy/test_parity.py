@@ -35,7 +35,9 @@ def test_ten_steps_of_adam_give_the_parameters_of_one_device(
     assert difference(alone, spread) <= bound
 
 
-@pytest.mark.parametrize("placement", ["auto", "single", "even", "memory_first", "round_robin", {"net.first": "cpu", "": "auto"}])
+@pytest.mark.parametrize(
+    "placement", ["auto", "single", "even", "memory_first", "round_robin", {"net.first": "cpu", "": "auto"}]
+)
 def test_every_policy_gives_the_numbers_of_one_device(placement: Any, plain: Any, hetero: Any) -> None:
     alone, spread = Classifier(), Classifier()
     plain().fit(alone, data(), data())

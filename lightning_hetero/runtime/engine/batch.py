@@ -1,0 +1,118 @@
+"""How the inputs of a region are cut into rows, and how its outputs are joined again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.tree import Tree
+
+
+def split_rows(rows: int, parts: int) -> list[int]:
+    """Sizes of micro-batches: as equal as can be, the larger ones first; fewer than `parts` if there are fewer rows.
+
+    Example:
+        >>> split_rows(10, 4)
+        [3, 3, 2, 2]
+    """
+    parts = max(1, min(parts, rows))
+    return [rows // parts + (index < rows % parts) for index in range(parts)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which of a region's input tensors have the batch as their first dimension.
+
+    Attributes:
+        positions: Their places in `Tree.tensors`. The other inputs go to every micro-batch whole.
+    """
+
+    positions: tuple[int, ...]
+
+    def rows(self, tensors: Sequence[Tensor]) -> int | None:
+        """Number of rows of this batch; None if the inputs do not agree on one."""
+        sizes = {tensors[place].shape[0] if tensors[place].dim() else 0 for place in self.positions}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def take(self, tensors: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+        """The inputs of the rows from `start` to before `stop`, as views."""
+        result = list(tensors)
+        for place in self.positions:
+            result[place] = tensors[place][start:stop]
+        return result
+
+
+def candidates(tensors: Sequence[Tensor]) -> list[Cut]:
+    """Cuts worth a trial, the likeliest first.
+
+    The batch is the first dimension of the first tensor that has one, or else that of a later one. A tensor may have
+    as many rows by chance (a table of 30 for a batch of 30), so leaving out one of several is tried too.
+    """
+    sizes = dict.fromkeys(tensor.shape[0] for tensor in tensors if tensor.dim() > 0)
+    found: list[Cut] = []
+    for size in list(sizes)[:3]:
+        places = tuple(place for place, tensor in enumerate(tensors) if tensor.dim() > 0 and tensor.shape[0] == size)
+        found.append(Cut(places))
+        if len(places) > 1:
+            found += [Cut(places[:index] + places[index + 1 :]) for index in reversed(range(len(places)))]
+    return found
+
+
+class Join:
+    """The outputs of all micro-batches of one call, checked for what joining needs.
+
+    Args:
+        outputs: One for each micro-batch.
+        rows: Rows of each micro-batch.
+
+    Attributes:
+        columns: For each output tensor, its parts.
+
+    Raises:
+        CannotCutError: The outputs differ in structure, or one of them has no rows.
+    """
+
+    def __init__(self, outputs: Sequence[Any], rows: Sequence[int]) -> None:
+        trees = [Tree(output) for output in outputs]
+        first = self._first = trees[0]
+        for tree in trees:
+            if tree.opaque is not None:
+                raise CannotCutError(f"it returns a {type(tree.opaque).__name__}, which cannot be joined")
+            if len(tree.tensors) != len(first.tensors) or not _same(tree.values, first.values):
+                raise CannotCutError("what it returns differs between parts of a batch")
+        self.columns = [[tree.tensors[place] for tree in trees] for place in range(len(first.tensors))]
+        for column in self.columns:
+            if any(part.dim() == 0 or part.shape[0] != size for part, size in zip(column, rows, strict=True)):
+                shape = tuple(column[0].shape)
+                raise CannotCutError(f"an output of shape {shape} does not have the batch as first dimension")
+            if len({(part.dtype, part.device, part.shape[1:]) for part in column}) > 1:
+                raise CannotCutError("the shapes or dtypes of its outputs differ between parts of a batch")
+
+    def build(self, tensors: Sequence[Tensor]) -> Any:
+        """The output of the whole batch, made of joined tensors."""
+        return self._first.build(tensors)
+
+
+def offsets(rows: Sequence[int]) -> list[int]:
+    """First row of each micro-batch, and the end."""
+    return [0, *accumulate(rows)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts, in a new tensor: never a view of one of them."""
+    return torch.cat([part.detach() for part in parts])
+
+
+def _same(values: Sequence[Any], others: Sequence[Any]) -> bool:
+    if len(values) != len(others):
+        return False
+    try:
+        return all(a is b or bool(a == b) for a, b in zip(values, others, strict=True))
+    except Exception:  # objects that cannot be compared are not the same
+        return False

@@ -1,0 +1,278 @@
+"""A call of a placed module from a lane: a task of the device's worker, with the autograd graph cut around it.
+
+Three graphs meet here. The lane's graph holds two nodes for each call; the unit's graph, from detached inputs to
+outputs, is known to the worker only::
+
+    lane      inputs, anchor ──> Enter ──> phony (CPU) ──> Exit ──> outputs
+    worker    detached inputs, parameters ──> ... ──> outputs
+
+In the backward, Exit only submits a task, because it may run in autograd's own thread of an accelerator, which other
+lanes need too. Enter waits for the task: its gradient is that of a CPU scalar, so it runs in the lane's own thread.
+One node that submits and waits deadlocks as soon as outputs are on an accelerator.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_hetero.runtime.emulate import METER
+from lightning_hetero.runtime.engine.lanes import Lane
+from lightning_hetero.runtime.engine.leaves import gradients, walk
+from lightning_hetero.runtime.engine.state import ThreadState, stays_in_its_thread
+from lightning_hetero.runtime.engine.streams import Stream, derive
+from lightning_hetero.runtime.engine.tree import Tree
+from lightning_hetero.runtime.engine.worker import BACKWARD, FORWARD, Future, Worker
+from lightning_hetero.runtime.transfer import version_of
+
+_NO_GRADIENT = torch.zeros((), device="cpu")  # what every phony gets; nobody looks at it
+
+
+class CannotCutError(Exception):
+    """What runs in a lane cannot be cut without a change of results. The region runs whole instead."""
+
+
+class Unit(Protocol):
+    """A placed module, or several that follow each other on one device."""
+
+    name: str
+    number: int
+    worker: Worker
+    draws: bool
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The ordinary call."""
+
+
+class UnitCall:
+    """One call of one unit in one lane, from forward to backward.
+
+    Attributes:
+        unit: The unit.
+        number: Index of the call in its lane.
+        leaves: The leaves that the unit's graph depends on, inputs aside.
+        inner: Nodes of the unit's graph, where they are checked for capture; None otherwise.
+    """
+
+    __slots__ = ("_edges", "_future", "_inputs", "_lane", "_outputs", "inner", "leaves", "number", "unit")
+
+    def __init__(self, lane: Lane, unit: Unit, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        self._lane = weakref.ref(lane)
+        self.unit = unit
+        self.number = len(lane.trace) - 1
+        self._inputs: list[Tensor] | None = inputs
+        self._outputs: list[Tensor] | None = outputs
+        self._edges, self.leaves, nodes = walk(outputs, known=inputs)
+        self.inner: set[Node] | None = nodes if lane.call.checks_capture else None
+        self._future: Future | None = None
+        lane.units.append(self)
+
+    @property
+    def lane(self) -> Lane:
+        """The lane. See `Lane.call` for why the reference is weak."""
+        lane = self._lane()
+        if lane is None:
+            raise RuntimeError(_escaped(self.unit.name, "a module"))
+        return lane
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its place in sums over all calls of the unit."""
+        return (self.lane.index, self.number)
+
+    def detached_outputs(self) -> tuple[Tensor, ...]:
+        """The outputs for the lane's graph."""
+        assert self._outputs is not None
+        return tuple(output.detach() for output in self._outputs)
+
+    def submit_backward(self, given: tuple[Tensor | None, ...]) -> None:
+        """Queue the backward of the unit's graph."""
+        call = self.lane.call
+        if not call.backward_runs:
+            raise RuntimeError(_escaped(self.unit.name, call.name))
+        self._future = Future()
+        self.unit.worker.submit(
+            BACKWARD,
+            call.number,
+            self.lane.index,
+            lambda: self._backward(given),
+            self._future,
+            ("B", self.unit.name),
+        )
+
+    def wait(self) -> Sequence[Tensor | None]:
+        """Gradients of the inputs."""
+        if self._future is None:
+            raise RuntimeError(f"{self.unit.name}: its backward was asked for before that of its outputs")
+        found: Sequence[Tensor | None] = self._future.get()
+        self._future = None
+        return found
+
+    def _backward(self, given: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+        call = self.lane.call
+        call.check()
+        if self._outputs is None or self._inputs is None:
+            raise RuntimeError("backward through a cut module a second time, without retain_graph=True the first time")
+        pairs = [(y, g) for y, g in zip(self._outputs, given, strict=True) if g is not None]
+        if not pairs:
+            return (None,) * len(self._inputs)
+        with _drawing(self.lane, self.unit, None):
+            found = gradients(
+                [y for y, _ in pairs],
+                [g for _, g in pairs],
+                [*self._inputs, *self._edges],
+                keep_graph=call.keeps_graph,
+            )
+        count = len(self._inputs)
+        call.sums.add(("unit", self.unit.number), self.key, self.leaves, found[count:])
+        if not call.keeps_graph:
+            self._inputs = self._outputs = None
+        return found[:count]
+
+
+def _escaped(unit: str, region: str) -> str:
+    return (
+        f"{unit}: a tensor from inside {region}, which was cut into micro-batches, is part of a graph outside of it. "
+        "Set micro_batches=1, or return the tensor from the module."
+    )
+
+
+class Enter(torch.autograd.Function):
+    """See the module's text."""
+
+    @staticmethod
+    def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> Tensor:  # noqa: D102
+        ctx.call = call
+        return torch.zeros((), device="cpu")  # said, because a default device may be set
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
+        return (None, None, *ctx.call.wait())
+
+
+class Exit(torch.autograd.Function):
+    """See the module's text."""
+
+    @staticmethod
+    def forward(ctx: Any, call: UnitCall, phony: Tensor) -> Any:  # noqa: D102
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return call.detached_outputs()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
+        ctx.call.submit_backward(gradients)
+        return None, _NO_GRADIENT
+
+
+def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a unit from a lane.
+
+    Raises:
+        CannotCutError: The call cannot be cut.
+        Cancelled: Another lane has failed.
+    """
+    call = lane.call
+    call.check()
+    if stays_in_its_thread() is not None:
+        return unit.run(*args, **kwargs)
+    state = ThreadState(call.device_types)
+    given = Tree((args, kwargs))
+    records = state.records
+    if given.opaque is not None:
+        raise CannotCutError(f"{unit.name} is called with a {type(given.opaque).__name__}, which may hold tensors")
+    lane_inputs: list[Tensor] = []
+    inputs: list[Tensor] = []
+    tensors = given.tensors
+    if records:
+        tensors = _detached(tensors, lane_inputs, inputs)
+    if unit.draws and state.saves_otherwise:
+        raise CannotCutError(f"{unit.name} draws random numbers under activation checkpointing from outside")
+    versions = [version_of(tensor) for tensor in given.tensors]
+    arguments = given.build(tensors)
+    number = len(lane.trace)
+    lane.trace.append(unit.number)
+
+    def work() -> Any:
+        call.check()
+        with _drawing(lane, unit, number):
+            return state.run(lambda: unit.run(*arguments[0], **arguments[1]))
+
+    future = Future()
+    unit.worker.submit(FORWARD, call.number, lane.index, work, future, ("F", unit.name))
+    if lane.stream is None:
+        output = future.get()
+    else:
+        with lane.stream.paused():
+            output = future.get()
+    if versions != [version_of(tensor) for tensor in given.tensors]:
+        raise CannotCutError(f"{unit.name} changes its input in place")
+    return _attach(lane, unit, output, given.tensors, tensors, lane_inputs, inputs) if records else output
+
+
+def _detached(tensors: list[Tensor], lane_inputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The tensors, those with a graph replaced by leaves. A tensor that is passed twice arrives as one."""
+    new_of: dict[int, Tensor] = {}
+    result = []
+    for tensor in tensors:
+        if not tensor.requires_grad:
+            result.append(tensor)
+            continue
+        if id(tensor) not in new_of:
+            new_of[id(tensor)] = tensor.detach().requires_grad_()
+            lane_inputs.append(tensor)
+            inputs.append(new_of[id(tensor)])
+        result.append(new_of[id(tensor)])
+    return result
+
+
+def _attach(
+    lane: Lane,
+    unit: Unit,
+    output: Any,
+    given: list[Tensor],
+    used: list[Tensor],
+    lane_inputs: list[Tensor],
+    inputs: list[Tensor],
+) -> Any:
+    """The output of a unit as part of the lane's graph."""
+    found = Tree(output)
+    if found.opaque is not None:
+        raise CannotCutError(f"{unit.name} returns a {type(found.opaque).__name__}, which may hold tensors")
+    given_of = {id(new): old for old, new in zip(given, used, strict=True)}
+    results: list[Tensor] = []
+    traced: list[Tensor] = []
+    places: list[int] = []
+    for tensor in found.tensors:
+        results.append(given_of.get(id(tensor), tensor))
+        if tensor.requires_grad and id(tensor) not in given_of:
+            places.append(len(results) - 1)
+            # A leaf (a weight that is returned) has no node to begin a backward at.
+            traced.append(tensor if tensor.grad_fn is not None else tensor.view_as(tensor))
+    if traced:
+        call = UnitCall(lane, unit, inputs, traced)
+        outputs: Any = Exit.apply(call, Enter.apply(call, lane.anchor, *lane_inputs))  # type: ignore[no-untyped-call]
+        for place, tensor in zip(places, outputs, strict=True):
+            results[place] = tensor
+    return found.build(results)
+
+
+def _drawing(lane: Lane, unit: Unit, number: int | None) -> AbstractContextManager[None]:
+    """The generator of the unit's device, if the unit draws random numbers; set for call `number` of the lane."""
+    call = lane.call
+    if not unit.draws or call.seed is None:
+        return nullcontext()
+    seed = None if number is None else derive(call.seed, lane.index, 1 + number)
+    return _holding(Stream(call.generators.of[unit.worker.torch_device], seed))
+
+
+@contextmanager
+def _holding(stream: Stream) -> Iterator[None]:
+    with stream.running(), METER.sleeping(stream.paused):
+        yield

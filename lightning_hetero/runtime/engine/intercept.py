@@ -1,0 +1,182 @@
+"""How calls of user code get to the engine: a unit for each placed module, and a stand-in for the forward of regions.
+
+Units take the place of `module._compiled_call_impl`, where torch looks before it calls a module: hooks of user code and
+of the borders run on the worker, with the module. Regions take the place of `module.forward`: hooks of user code on the
+region see the whole batch, once. Copies and pickles of a module come without either.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_hetero.runtime.engine.cut import call_unit
+from lightning_hetero.runtime.engine.lanes import current_lane
+from lightning_hetero.runtime.engine.verdict import Verdict
+from lightning_hetero.runtime.engine.worker import Worker
+
+if TYPE_CHECKING:
+    from lightning_hetero.runtime.engine.engine import Engine
+
+_CALL = "_compiled_call_impl"
+_FORWARD = "forward"
+
+
+class _Unit:
+    """What a worker runs in one piece.
+
+    Attributes:
+        name: For messages and records.
+        number: Its place among the units.
+        worker: The thread of its device.
+        draws: Whether it draws random numbers, as far as a trial has seen.
+    """
+
+    def __init__(self, engine: Engine, name: str, worker: Worker) -> None:
+        self.engine = engine
+        self.name = name
+        self.number = engine.next_number()
+        self.worker = worker
+        self.draws = False
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The ordinary call, in this thread."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call, where it belongs: by the worker if it comes from a lane, else here."""
+        lane = current_lane()
+        if lane is not None:
+            return call_unit(lane, self, args, kwargs)
+        trial = self.engine.trial
+        if trial is None:
+            return self.run(*args, **kwargs)
+        with trial.unit(self, (args, kwargs)):
+            return self.run(*args, **kwargs)
+
+
+class ModuleUnit(_Unit):
+    """A placed module."""
+
+    def __init__(self, engine: Engine, name: str, worker: Worker, module: nn.Module) -> None:
+        super().__init__(engine, name, worker)
+        self.module = module
+        self._before: Callable[..., Any] | None = module._compiled_call_impl
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The ordinary call, in this thread."""
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        return self.module._call_impl(*args, **kwargs)
+
+    def install(self) -> None:
+        """Take the place of the module's call."""
+        self.module.__dict__[_CALL] = self
+
+    def remove(self) -> None:
+        """Give it back."""
+        if self.module.__dict__.get(_CALL) is self:
+            if self._before is None:
+                del self.module.__dict__[_CALL]
+            else:
+                self.module.__dict__[_CALL] = self._before
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+class ChainUnit(_Unit):
+    """Several modules of an nn.Sequential that follow each other on one device: one task instead of many."""
+
+    def __init__(self, engine: Engine, name: str, worker: Worker, modules: Sequence[nn.Module]) -> None:
+        super().__init__(engine, name, worker)
+        self.modules = tuple(modules)
+
+    def run(self, x: Any) -> Any:
+        """One module after the other."""
+        for module in self.modules:
+            x = module(x)
+        return x
+
+
+class Region:
+    """Stands in for the `forward` of a module whose units lie on several devices.
+
+    Args:
+        engine: The engine.
+        name: Name of the module.
+        module: The module.
+
+    Attributes:
+        verdicts: What trials have found, by mode and structure of inputs.
+    """
+
+    def __init__(self, engine: Engine, name: str, module: nn.Module) -> None:
+        self.engine = engine
+        self.name = name or type(module).__name__
+        self.module = module
+        self.verdicts: dict[Any, Verdict] = {}
+        self.own_code_draws = False
+        self.checked = False
+        self.parts = tuple(module.modules())
+        self.chain: tuple[ChainUnit | nn.Module, ...] | None = None
+        self._before: Any = module.__dict__.get(_FORWARD)
+        self._plain: Callable[..., Any] = module.forward
+
+    def whole(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return self._plain(*args, **kwargs)
+
+    def in_lane(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with runs of modules on one device as one call."""
+        if self.chain is None or len(args) != 1 or kwargs or not self._chain_holds():
+            return self._plain(*args, **kwargs)
+        (x,) = args
+        for link in self.chain:
+            x = link(x)
+        return x
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What user code calls."""
+        if current_lane() is not None or self.engine.trial is not None:
+            return self.in_lane(*args, **kwargs)
+        return self.engine.call_region(self, args, kwargs)
+
+    def refuse(self, reason: str) -> None:
+        """Run whole from now on, whatever trials have said."""
+        self.verdicts = dict.fromkeys(self.verdicts, Verdict(None, reason))
+
+    def install(self) -> None:
+        """Take the place of the module's forward."""
+        self.module.__dict__[_FORWARD] = self
+
+    def remove(self) -> None:
+        """Give it back."""
+        if self.module.__dict__.get(_FORWARD) is self:
+            if self._before is None:
+                del self.module.__dict__[_FORWARD]
+            else:
+                self.module.__dict__[_FORWARD] = self._before
+
+    def _chain_holds(self) -> bool:
+        """Whether the Sequential still has the children that it had when it was placed."""
+        assert self.chain is not None
+        expected = [
+            module for link in self.chain for module in (link.modules if isinstance(link, ChainUnit) else (link,))
+        ]
+        found = list(self.module._modules.values())
+        return len(found) == len(expected) and all(a is b for a, b in zip(found, expected, strict=True))
+
+    def __reduce__(self) -> Any:
+        return _own_forward, (self.module,)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _own_forward(module: nn.Module) -> Any:
+    return types.MethodType(type(module).forward, module)

@@ -1,0 +1,191 @@
+"""Lanes: threads in which the user's code runs, one micro-batch each."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_hetero.runtime.engine.faults import Countdown, annotated
+from lightning_hetero.runtime.engine.worker import Cancelled
+
+if TYPE_CHECKING:
+    from lightning_hetero.runtime.engine.cut import UnitCall
+    from lightning_hetero.runtime.engine.region import RegionCall
+    from lightning_hetero.runtime.engine.streams import Stream
+
+
+class Lane:
+    """One micro-batch on its way through a region, and its autograd graph.
+
+    Attributes:
+        index: Index of the micro-batch.
+        anchor: A leaf that every cut of this lane's graph depends on. Without it autograd would leave out units
+            whose inputs need no gradient.
+        stream: Random numbers of the lane's own code; None if it draws none.
+        trace: Numbers of the units that were called, in order.
+        units: The calls of units that have a graph, in order.
+        inputs: The inputs that need a gradient, as leaves of this lane.
+        outputs: The outputs that have a graph.
+        edges: Edges to the leaves that the lane's own code uses.
+        leaves: These leaves.
+        nodes: Inner nodes of the lane's graph.
+        gradients: Gradients of `inputs`, once they are known.
+    """
+
+    def __init__(self, call: RegionCall, index: int) -> None:
+        self._call = weakref.ref(call)
+        self.index = index
+        self.stream: Stream | None = None
+        self.trace: list[int] = []
+        self.inputs: list[Tensor] = []
+        self.gradients: Sequence[Tensor | None] = ()
+        self.begin()
+
+    @property
+    def call(self) -> RegionCall:
+        """The region call, which owns its lanes.
+
+        The reference is weak, as is that from a call of a unit to its lane: a strong one would close a circle through
+        the autograd graph, where Python's garbage collector does not look, and outputs that nobody differentiates
+        would stay for ever.
+        """
+        call = self._call()
+        assert call is not None
+        return call
+
+    def begin(self) -> None:
+        """Forget what an earlier run has left."""
+        self.anchor: Tensor = torch.zeros((), device="cpu", requires_grad=True)
+        self.trace = []
+        self.inputs = []
+        self.drop_graph()
+
+    def drop_graph(self) -> None:
+        """Let go of activations."""
+        self.units: list[UnitCall] = []
+        self.outputs: list[Tensor] = []
+        self.edges: list[GradientEdge] = []
+        self.leaves: list[Tensor] = []
+        self.nodes: set[Node] = set()
+
+
+class _Local(threading.local):
+    lane: Lane | None = None
+
+
+_LOCAL = _Local()
+
+
+def current_lane() -> Lane | None:
+    """The lane that this thread runs; None in workers, and in user code outside of a pipelined call."""
+    return _LOCAL.lane
+
+
+class LanePool:
+    """Threads that run jobs of lanes.
+
+    Args:
+        size: How many; no more micro-batches than that are on their way at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Lane, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"hetero-lane-{index}", daemon=True) for index in range(size)
+        ]
+        self._ready = threading.Semaphore(0)
+        for thread in self._threads:
+            thread.start()
+        for _ in self._threads:
+            self._ready.acquire()
+
+    def put(self, lane: Lane, job: Callable[[], None]) -> None:
+        """Run `job`, which must not raise, with `lane` as the current lane."""
+        self._jobs.put((lane, job))
+
+    def close(self, timeout_s: float) -> bool:
+        """End the threads. Returns whether all of them ended in time."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)  # the work is the workers'
+        self._ready.release()
+        item: Any
+        while (item := self._jobs.get()) is not None:
+            _LOCAL.lane, job = item
+            try:
+                job()
+            finally:
+                _LOCAL.lane = None
+            del item, job
+
+
+class Crew:
+    """Runs the same work in all lanes of a call, a bounded number at once, and collects what they raise.
+
+    Args:
+        pool: The threads.
+        lanes: The lanes, in order.
+        work: What each of them does.
+        in_flight: How many may be under way at once; each that ends starts the next.
+    """
+
+    def __init__(self, pool: LanePool, lanes: Sequence[Lane], work: Callable[[Lane], None], in_flight: int) -> None:
+        self._pool = pool
+        self._size = len(lanes)
+        self._waiting = deque(lanes)
+        self._work = work
+        self._errors: dict[int, BaseException] = {}
+        self.left = Countdown(len(lanes))
+        self.failed = False
+        for _ in range(min(in_flight, len(lanes))):
+            self._start_next()
+
+    def check(self) -> None:
+        """Stop what belongs to a call that has failed.
+
+        Raises:
+            Cancelled: Some lane has failed, or the call was interrupted.
+        """
+        if self.failed:
+            raise Cancelled
+
+    def raise_first(self, where: str) -> None:
+        """Raise what the first of the failed lanes raised, with its own type and traceback."""
+        if self._errors:
+            index = min(self._errors)
+            error = self._errors[index]
+            self._errors = {}  # an exception holds its frames, and they hold activations
+            raise annotated(error, f"micro-batch {index} of {self._size} in {where}")
+
+    def _start_next(self) -> None:
+        try:
+            lane = self._waiting.popleft()
+        except IndexError:
+            return
+        self._pool.put(lane, lambda: self._run(lane))
+
+    def _run(self, lane: Lane) -> None:
+        try:
+            self.check()
+            self._work(lane)
+        except Cancelled:
+            pass
+        except BaseException as error:
+            self._errors[lane.index] = error
+            self.failed = True
+        finally:
+            self._start_next()
+            self.left.count_down()

@@ -1,0 +1,410 @@
+"""One pipelined call of a region: its rows go through lanes, forward and backward, and are joined again.
+
+To user code the call is one module call on the whole batch. Two autograd nodes stand for it::
+
+    inputs, parameters, anchor ──> RegionEnter ──> phony (CPU) ──> RegionExit ──> joined outputs ──> loss
+
+The backward of RegionExit only starts the lanes, because it may run in autograd's thread of an accelerator. That of
+RegionEnter gets a CPU scalar, so it runs in the thread that called `backward()`, waits for all lanes, also after an
+error, and *returns* the gradients of parameters. Lanes never write to `.grad`: hooks of a parameter fire once per
+backward, and `autograd.grad` leaves `.grad` alone.
+
+With rematerialization (Chen et al., "Training deep nets with sublinear memory cost", 2016) the forward keeps no
+graph; the backward of a lane runs its forward once more, and only a few lanes are under way at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_hetero.runtime.engine.batch import Cut, Join, joined, offsets
+from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.lanes import Crew, Lane
+from lightning_hetero.runtime.engine.leaves import OrderedSums, gradients, walk
+from lightning_hetero.runtime.engine.state import ThreadState, keeps_graph
+from lightning_hetero.runtime.engine.streams import Stream, derive
+from lightning_hetero.runtime.engine.tree import Tree
+from lightning_hetero.runtime.transfer import version_of
+
+if TYPE_CHECKING:
+    from lightning_hetero.runtime.engine.engine import Engine
+
+_OWN_CODE = ("lane", 0)  # source of gradients that the region's own code brings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionTask:
+    """What is to be done in one call.
+
+    Attributes:
+        number: Number of the call; workers take tasks of earlier calls first.
+        name: Name of the region, for messages.
+        forward: The region's code, as lanes run it.
+        whole: Runs the region whole, for a backward that has to be differentiable itself.
+        cut: Where inputs are cut.
+        rows: Rows of each micro-batch.
+        given: The inputs.
+        seed: Where random numbers begin; None if none are drawn.
+        own_code_draws: Whether the region's own code, outside of units, draws random numbers.
+        checks_capture: Whether to look for tensors that came into the region by another way than its inputs.
+        rematerialized: The parameters of a region whose forward is to keep no graph; None keeps it.
+    """
+
+    number: int
+    name: str
+    forward: Callable[..., Any]
+    whole: Callable[..., Any]
+    cut: Cut
+    rows: Sequence[int]
+    given: Tree
+    seed: int | None
+    own_code_draws: bool
+    checks_capture: bool
+    rematerialized: Sequence[Tensor] | None
+
+
+class RegionCall:
+    """One call of a region, from its forward to the last of its backwards.
+
+    Args:
+        engine: Workers, lanes, generators.
+        task: What is to be done.
+    """
+
+    def __init__(self, engine: Engine, task: RegionTask) -> None:
+        self.engine = engine
+        self.task = task
+        self.number = task.number
+        self.name = task.name
+        self.seed = task.seed
+        self.generators = engine.generators
+        self.device_types = engine.device_types
+        self.checks_capture = task.checks_capture
+        self.sums = OrderedSums()
+        self.backward_runs = False
+        self.keeps_graph = False
+        self._state = ThreadState(engine.device_types)
+        self._offsets = offsets(task.rows)
+        self._lanes = [Lane(self, index) for index in range(len(task.rows))]
+        # Inputs that need a gradient, by place: cut ones get theirs joined, whole ones theirs added up.
+        self._needed = [place for place, t in enumerate(task.given.tensors) if self._state.records and t.requires_grad]
+        self._versions = [version_of(tensor) for tensor in task.given.tensors]
+        self._parameters: list[Tensor] = list(task.rematerialized or ())
+        self._traced: list[int] = []  # places of outputs that have a graph
+        self.columns: list[list[Tensor]] = []
+        self._crew: Crew | None = None
+        self._spent = False
+        self._muted: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        self._differentiated: tuple[Tensor | None, ...] | None = None
+        self._random_states: dict[torch.device, Tensor] = {}
+
+    def check(self) -> None:
+        """Stop what belongs to a call that has failed.
+
+        Raises:
+            Cancelled: Some lane of the call has failed.
+        """
+        if self._crew is not None:
+            self._crew.check()
+
+    # Forward
+
+    def forward(self) -> Any:
+        """The output of the whole batch.
+
+        Raises:
+            CannotCutError: Something in the lanes cannot be cut; nothing has happened, the region may run whole.
+        """
+        outputs: list[Any] = [None] * len(self._lanes)
+        records = self._state.records and self.task.rematerialized is None
+
+        def work(lane: Lane) -> None:
+            outputs[lane.index] = self._state.run(lambda: self._lane_forward(lane, records))
+
+        self._start(work, len(self._lanes))
+        self._finish()
+        return self._join(outputs)
+
+    def _lane_forward(self, lane: Lane, records: bool) -> Any:
+        lane.begin()
+        task = self.task
+        start, stop = self._offsets[lane.index], self._offsets[lane.index + 1]
+        tensors = task.cut.take([tensor.detach() for tensor in task.given.tensors], start, stop)
+        if records:
+            for place in self._needed:
+                tensors[place] = tensors[place].requires_grad_()
+                lane.inputs.append(tensors[place])
+        args, kwargs = task.given.build(tensors)
+        with torch.set_grad_enabled(records):
+            if self.seed is None or not task.own_code_draws:
+                return task.forward(*args, **kwargs)
+            lane.stream = Stream(self.generators.of[self.engine.root], derive(self.seed, lane.index))
+            with lane.stream.running():
+                return task.forward(*args, **kwargs)
+
+    def _join(self, outputs: Sequence[Any]) -> Any:
+        join = Join(outputs, self.task.rows)
+        again = self.task.rematerialized is not None
+        self._traced = [
+            place
+            for place, column in enumerate(join.columns)
+            if self._state.records
+            and (column[0].is_floating_point() if again else any(part.requires_grad for part in column))
+        ]
+        results = [column[0] if place in self._traced else joined(column) for place, column in enumerate(join.columns)]
+        if self._traced:
+            self.columns = [join.columns[place] for place in self._traced]
+            if not again:
+                for lane in self._lanes:
+                    self._trace(lane, [column[lane.index] for column in self.columns])
+                self._find_parameters()
+            inputs = [self.task.given.tensors[place] for place in self._needed]
+            phony: Any = RegionEnter.apply(self, self.engine.anchor, *inputs, *self._parameters)  # type: ignore[no-untyped-call]
+            whole: Any = RegionExit.apply(self, phony)  # type: ignore[no-untyped-call]
+            self.columns = []
+            for place, tensor in zip(self._traced, whole, strict=True):
+                results[place] = tensor
+        return join.build(results)
+
+    def _trace(self, lane: Lane, outputs: list[Tensor]) -> None:
+        """Look at the graph of a lane."""
+        lane.outputs = outputs
+        lane.edges, lane.leaves, lane.nodes = walk(outputs, [lane.anchor, *lane.inputs])
+
+    def _find_parameters(self) -> None:
+        """Find the leaves that the lanes' graphs depend on."""
+        found: dict[int, Tensor] = {}
+        seen: set[Node] = set()
+        for lane in self._lanes:
+            for leaves in (lane.leaves, *(call.leaves for call in lane.units)):
+                found.update((id(leaf), leaf) for leaf in leaves)
+            if self.checks_capture:
+                # A graph that several lanes share comes from outside: a tensor that is no input of the region.
+                own = lane.nodes.union(*(call.inner or () for call in lane.units))
+                if not seen.isdisjoint(own):
+                    raise CannotCutError("it uses a tensor with a graph that is not one of its inputs")
+                if any(type(node).__name__ == "CheckpointFunctionBackward" for node in own):
+                    raise CannotCutError("it uses checkpoint(use_reentrant=True), which torch refuses here")
+                seen |= own
+            lane.nodes = set()
+        self._parameters = list(found.values())
+
+    # Backward
+
+    def start_backward(self, given: tuple[Tensor | None, ...]) -> None:
+        """Start the lanes' backward; called in whatever thread autograd chose.
+
+        Args:
+            given: Gradient of each joined output that has a graph; None where the loss does not depend on it.
+        """
+        if torch.is_grad_enabled():  # create_graph=True: the result must be differentiable itself
+            self._differentiated = given
+            return
+        if self._spent:
+            raise RuntimeError(f"backward through {self.name} a second time, without retain_graph=True the first time")
+        if self.backward_runs:
+            raise RuntimeError(f"the backward of {self.name} is running already")
+        again = self.task.rematerialized is not None
+        # Outputs that this loss does not use may be part of another one.
+        keep = keeps_graph() or any(gradient is None for gradient in given)
+        self._spent = not keep
+        self.keeps_graph = keep and not again
+        self.backward_runs = True
+        self.sums = OrderedSums()
+        for lane in self._lanes:
+            self.sums.announce(_OWN_CODE, (lane.index, 0))
+            for number, unit in enumerate(lane.trace):
+                self.sums.announce(("unit", unit), (lane.index, number))
+        self._mute()
+        self.engine.running.add(self)
+        if again:
+            self._check_versions()
+            self._random_states = self.generators.states() if self.seed is not None else {}
+        in_flight = self.engine.lanes_again if again else len(self._lanes)
+        self._start(lambda lane: self._lane_backward(lane, given), in_flight)
+
+    def _lane_backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> None:
+        if self.task.rematerialized is not None:
+            self._run_again(lane)
+        start, stop = self._offsets[lane.index], self._offsets[lane.index + 1]
+        pairs = [
+            (output, gradient[start:stop])
+            for output, gradient in zip(lane.outputs, given, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        inputs, leaves = lane.inputs, lane.leaves
+        found: Sequence[Tensor | None] = [None] * (1 + len(inputs) + len(leaves))
+        if pairs:
+            with torch.no_grad():
+                found = gradients(
+                    [output for output, _ in pairs],
+                    [gradient for _, gradient in pairs],
+                    [lane.anchor, *inputs, *lane.edges],
+                    keep_graph=self.keeps_graph,
+                )
+        lane.gradients = found[1 : 1 + len(inputs)]
+        whole = [(place, g) for place, g in zip(self._needed, lane.gradients, strict=True) if place not in self._cut]
+        self.sums.add(
+            _OWN_CODE,
+            (lane.index, 0),
+            [*leaves, *(self.task.given.tensors[place] for place, _ in whole)],
+            [*found[1 + len(inputs) :], *(gradient for _, gradient in whole)],
+        )
+        if not self.keeps_graph:
+            lane.drop_graph()
+
+    def _run_again(self, lane: Lane) -> None:
+        """Run the forward of a lane once more, this time with a graph."""
+        before = lane.trace
+        output = self._state.run(lambda: self._lane_forward(lane, True))
+        if lane.trace != before:
+            raise RuntimeError(
+                f"{self.name} called other modules when its forward was run again for the backward. Leave "
+                "rematerialize out for modules that do not do the same with the same inputs."
+            )
+        tensors = Tree(output).tensors
+        self._trace(lane, [tensors[place] for place in self._traced])
+        known = set(map(id, self._parameters))
+        if any(id(leaf) not in known for leaves in (lane.leaves, *(c.leaves for c in lane.units)) for leaf in leaves):
+            raise RuntimeError(
+                f"{self.name} uses a parameter that is not one of its own, whose gradient would be lost. Leave "
+                "rematerialize out."
+            )
+
+    def finish_backward(self) -> list[Tensor | None]:
+        """Wait for the lanes. Gradients of the inputs, then of the parameters."""
+        if self._differentiated is not None:
+            given, self._differentiated = self._differentiated, None
+            return self._differentiable_backward(given)
+        try:
+            self._finish()
+        finally:
+            self._backward_ends()
+        totals = self.sums.totals()
+        inputs = self.task.given.tensors
+        of_inputs = [
+            self._joined_gradient(position) if place in self._cut else totals.get(id(inputs[place]))
+            for position, place in enumerate(self._needed)
+        ]
+        for lane in self._lanes:
+            lane.gradients = ()
+        return [*of_inputs, *(totals.get(id(parameter)) for parameter in self._parameters)]
+
+    @property
+    def _cut(self) -> tuple[int, ...]:
+        return self.task.cut.positions
+
+    def _joined_gradient(self, position: int) -> Tensor | None:
+        parts = [lane.gradients[position] if lane.gradients else None for lane in self._lanes]
+        if all(part is None for part in parts):
+            return None
+        return torch.cat(
+            [
+                torch.zeros_like(lane.inputs[position]) if part is None else part
+                for lane, part in zip(self._lanes, parts, strict=True)
+            ]
+        )
+
+    def _differentiable_backward(self, given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """Run the region whole once more, with a graph that can be differentiated twice."""
+        if self.seed is not None:
+            raise RuntimeError(
+                f"create_graph=True through {self.name}, which draws random numbers and was cut into micro-batches: "
+                "they cannot be drawn again for the whole batch. Set micro_batches=1."
+            )
+        self._check_versions()
+        self.engine.stop_cutting(self.name, "its gradient is differentiated again (create_graph=True)")
+        inputs = self.task.given.tensors
+        args, kwargs = self.task.given.build(inputs)
+        with torch.enable_grad():
+            outputs = Tree(self._state.run(lambda: self.task.whole(*args, **kwargs))).tensors
+            pairs = [(outputs[place], g) for place, g in zip(self._traced, given, strict=True) if g is not None]
+            wanted = [*(inputs[place] for place in self._needed), *self._parameters]
+            return list(
+                torch.autograd.grad(
+                    [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+                )
+            )
+
+    def _check_versions(self) -> None:
+        if self._versions != [version_of(tensor) for tensor in self.task.given.tensors]:
+            raise RuntimeError(
+                f"an input of {self.name} was changed in place after the call, but the backward needs it as it was"
+            )
+
+    # Both ways
+
+    def abandon(self) -> None:
+        """End a backward for which nobody waits, because it failed elsewhere in the user's graph."""
+        if self._crew is not None:
+            self._crew.failed = True
+            self.engine.drain(self._crew.left)
+            self._crew = None
+        self._backward_ends()
+
+    def _backward_ends(self) -> None:
+        self.backward_runs = False
+        for hooks, kept in self._muted:
+            hooks.update(kept)
+        self._muted.clear()
+        self.generators.restore(self._random_states)
+        self._random_states = {}
+        self.engine.running.discard(self)
+
+    def _start(self, work: Callable[[Lane], None], in_flight: int) -> None:
+        self._crew = Crew(self.engine.pool, self._lanes, work, in_flight)
+
+    def _finish(self) -> None:
+        """Wait for all lanes; raise what the first of those that failed raised."""
+        crew = self._crew
+        assert crew is not None
+        try:
+            self.engine.wait(crew.left, self.name)
+        except BaseException:
+            crew.failed = True  # an interrupt: lanes stop at their next call of a unit
+            self.engine.drain(crew.left)
+            raise
+        self._crew = None  # it holds what its lanes do, which holds this call
+        crew.raise_first(self.name)
+
+    def _mute(self) -> None:
+        """Silence hooks on leaves while lanes run: a backward that asks for a leaf would call them in every lane."""
+        for parameter in self._parameters:
+            hooks: Any = parameter._backward_hooks
+            if hooks:
+                self._muted.append((hooks, dict(hooks)))
+                hooks.clear()
+
+
+class RegionEnter(torch.autograd.Function):
+    """See the module's text."""
+
+    @staticmethod
+    def forward(ctx: Any, call: RegionCall, anchor: Tensor, *inputs: Tensor) -> Tensor:  # noqa: D102
+        ctx.call = call
+        return torch.zeros((), device="cpu")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
+        return (None, None, *ctx.call.finish_backward())
+
+
+class RegionExit(torch.autograd.Function):
+    """See the module's text."""
+
+    @staticmethod
+    def forward(ctx: Any, call: RegionCall, phony: Tensor) -> Any:  # noqa: D102
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return tuple(joined(column) for column in call.columns)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
+        ctx.call.start_backward(gradients)
+        return None, torch.zeros((), device="cpu")

@@ -1,0 +1,118 @@
+"""What one thread must hand to another for an operation to mean the same there."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from lightning_hetero.runtime import frames
+from lightning_hetero.runtime.frames import Frame
+
+Result = TypeVar("Result")
+
+_autograd = torch._C._autograd
+
+
+class ThreadState:
+    """The calling thread's modes: gradients, inference, autocast, function modes, context variables, module frame.
+
+    The cache of autocast is not carried: it is shared by all threads, so a weight that one micro-batch had cast
+    would tie the graphs of all of them together.
+
+    Args:
+        device_types: Device types whose autocast is looked at.
+    """
+
+    __slots__ = ("_autocast", "_context", "_frame", "_functions", "_grad", "_inference", "_saved")
+
+    def __init__(self, device_types: Sequence[str]) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in device_types if torch.is_autocast_enabled(kind)
+        ]
+        self._functions = [
+            torch._C._get_function_stack_at(depth) for depth in range(torch._C._len_torch_function_stack())
+        ]
+        self._saved = _autograd._top_saved_tensors_default_hooks(False)
+        self._context = contextvars.copy_context()
+        self._frame = frames.top()
+
+    @property
+    def records(self) -> bool:
+        """Whether autograd records what is done."""
+        return self._grad and not self._inference
+
+    @property
+    def saves_otherwise(self) -> bool:
+        """Whether hooks decide what autograd saves, as in activation checkpointing."""
+        return self._saved is not None
+
+    @property
+    def autocast_dtypes(self) -> list[torch.dtype]:
+        """The dtypes that autocast computes in; empty if it is off."""
+        return [dtype for _, dtype in self._autocast]
+
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Call `function` in this thread as if it were the one that was captured."""
+        if self._inference:
+            with torch.inference_mode():
+                return self._run(function)
+        return self._run(function)
+
+    def _run(self, function: Callable[[], Result]) -> Result:
+        grad = torch.is_grad_enabled()
+        depth = frames.depth()
+        torch._C._set_grad_enabled(self._grad)
+        for kind, dtype in self._autocast:
+            torch.set_autocast_enabled(kind, True)
+            torch.set_autocast_dtype(kind, dtype)
+        if self._autocast:
+            torch.set_autocast_cache_enabled(False)
+        for mode in self._functions:
+            torch._C._push_on_torch_function_stack(mode)
+        if self._saved is not None:
+            _autograd._push_saved_tensors_default_hooks(*self._saved)
+        if self._frame is not None:
+            frames.push(Frame(self._frame.owner, self._frame.device, self._frame.chain))
+        try:
+            return self._context.copy().run(function)
+        finally:
+            frames.cut_to(depth)
+            if self._saved is not None:
+                _autograd._pop_saved_tensors_default_hooks()
+            for _ in self._functions:
+                torch._C._pop_torch_function_stack()
+            for kind, _ in self._autocast:
+                torch.set_autocast_enabled(kind, False)
+            if self._autocast:
+                torch.set_autocast_cache_enabled(True)
+            torch._C._set_grad_enabled(grad)
+
+
+def stays_in_its_thread() -> str | None:
+    """Why what runs now cannot go on in another thread; None if it can.
+
+    These modes live in the thread and cannot be handed over: a call that hopped out of `torch.func.grad` would
+    return a plain tensor and lose its gradient without an error.
+    """
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it runs inside a transform of torch.func"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._get_tracing_state() is not None:
+        return "it is being traced"
+    return None
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs now was called with `retain_graph=True`."""
+    keep: Any = _autograd._get_current_graph_task_keep_graph()
+    return bool(keep)
