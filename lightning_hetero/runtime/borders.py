@@ -29,6 +29,8 @@ class EnterBlock(Hook):
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Forward pre-hook."""
+        if module.training and self.device.type != "cpu" and _may_be_checkpointed():
+            _seed_from_cpu(self.device)
         frame = Frame(id(module), self.device)
         copies: dict[int, Tensor] = {}
 
@@ -120,3 +122,30 @@ def _write_back(frame: Frame) -> None:
     for given, copy, version in frame.moved:
         if copy._version != version:
             given.copy_(copy)
+
+
+def _may_be_checkpointed() -> bool:
+    """Whether this may be the forward of activation checkpointing, or its repetition in the backward."""
+    if frames.in_worker():
+        return False
+    return (
+        torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or not torch.is_grad_enabled()
+        or torch._C._current_graph_task_id() != -1
+    )
+
+
+def _seed_from_cpu(device: torch.device) -> None:
+    """Let the random numbers of a device follow from those of the CPU.
+
+    `torch.utils.checkpoint` repeats the random numbers of the CPU and of the devices on which its inputs are. A block
+    may be on another device; without this its dropout would draw another mask in the repetition, and gradients would
+    be wrong without an error.
+    """
+    seed = int(torch.randint(1 << 62, (), device="cpu"))
+    backend = getattr(torch, device.type)
+    if device.index is None or not hasattr(backend, "device"):
+        backend.manual_seed(seed)
+    else:
+        with backend.device(device):
+            backend.manual_seed(seed)

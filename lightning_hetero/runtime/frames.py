@@ -29,6 +29,7 @@ class Frame:
 class _Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.in_worker = False
 
 
 _LOCAL = _Local()
@@ -66,3 +67,13 @@ def depth() -> int:
 def cut_to(depth: int) -> None:
     """Leave modules until `depth` are left."""
     del _LOCAL.frames[depth:]
+
+
+def enter_worker() -> None:
+    """Say that this thread runs parts of micro-batches, for which the engine arranges random numbers."""
+    _LOCAL.in_worker = True
+
+
+def in_worker() -> bool:
+    """Whether `enter_worker` was called in this thread."""
+    return _LOCAL.in_worker

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.borders import EnterBlock
@@ -168,3 +169,28 @@ def test_release_leaves_nothing_on_the_module(place: Any, accelerator: EmulatedA
         assert not module._forward_pre_hooks_with_kwargs
     buffer = io.BytesIO()
     torch.save(model, buffer)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_over_devices_repeats_their_dropout(
+    place: Any, accelerator: EmulatedAccelerator, reentrant: bool
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+            self.second = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))  # type: ignore[no-any-return]
+
+    devices = accelerator.devices
+    model = Net().double()
+    place(model, {"first": devices[0], "second": devices[1]})
+    x = torch.randn(16, 8, dtype=torch.float64, requires_grad=True)
+    y = checkpoint(model, x, use_reentrant=reentrant)
+    y.sum().backward()
+    # Each output is bias plus weights times inputs, doubled, or zero where it was dropped.
+    kept = (y != 0).sum(0).cpu()
+    assert torch.equal(model.second[0].bias.grad.cpu(), 2.0 * kept)
+    assert 0 < int(kept.sum()) < y.numel()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.faults import annotated
 
 _WORDS = {"F": "forward", "B": "backward"}
@@ -138,6 +139,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """What the thread does."""
+        frames.enter_worker()
         torch.set_num_threads(self._threads)
         _enter_device(self.torch_device)
         self._ready.set()
