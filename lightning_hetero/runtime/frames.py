@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +31,7 @@ class Frame:
 class _Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
-        self.in_worker = False
+        self.arranged = False
 
 
 _LOCAL = _Local()
@@ -69,11 +71,16 @@ def cut_to(depth: int) -> None:
     del _LOCAL.frames[depth:]
 
 
-def enter_worker() -> None:
-    """Say that this thread runs parts of micro-batches, for which the engine arranges random numbers."""
-    _LOCAL.in_worker = True
+@contextmanager
+def random_numbers_arranged() -> Iterator[None]:
+    """Within the block somebody else sees to it that random numbers are repeated where they have to be."""
+    before, _LOCAL.arranged = _LOCAL.arranged, True
+    try:
+        yield
+    finally:
+        _LOCAL.arranged = before
 
 
-def in_worker() -> bool:
-    """Whether `enter_worker` was called in this thread."""
-    return _LOCAL.in_worker
+def are_random_numbers_arranged() -> bool:
+    """Whether this thread is within `random_numbers_arranged`."""
+    return _LOCAL.arranged

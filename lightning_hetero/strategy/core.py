@@ -19,6 +19,7 @@ from lightning_hetero.devices import Inventory
 from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.placement import PlacementPolicy
 from lightning_hetero.plan import Plan
+from lightning_hetero.runtime.engine.stepper import Stepper
 from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.runtime.reconcile import DeviceReconciler
@@ -35,6 +36,7 @@ from lightning_hetero.strategy.optimizers import (
 from lightning_hetero.strategy.options import (
     as_policy,
     number_of_micro_batches,
+    one_of,
     positive_seconds,
     requested_inventory,
 )
@@ -42,6 +44,7 @@ from lightning_hetero.strategy.planning import Planning
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
 from lightning_hetero.strategy.refusals import check_callbacks, check_processes
 from lightning_hetero.strategy.report import print_plan, save_plan
+from lightning_hetero.strategy.steps import RECORDED, merged_output, replay
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import SingleDeviceStrategy as _Base
@@ -74,6 +77,10 @@ class HeteroStrategyCore(_Base):
         micro_batches: How many parts a batch is cut into, so that the devices work on different parts at the same
             time. Modules are cut only where that changes nothing; `training_step` runs once, on the whole batch.
             None takes the environment variable HETERO_MICRO_BATCHES, else 1, which does not cut.
+        micro_batching: "forward" cuts calls of modules; `training_step` runs once, on the whole batch. "step" runs the
+            whole `training_step` for each micro-batch and accumulates gradients, each loss weighted by its rows: less
+            memory, and the meaning of gradient accumulation (batch statistics and losses that are no means over rows
+            are those of micro-batches). Steps with manual optimization are cut by "forward" in any case.
         rematerialize: Whether the backward runs the forward of each micro-batch again instead of keeping what it needs
             of all of them: less memory, one forward more. Only with `micro_batches`.
         hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads.
@@ -99,6 +106,7 @@ class HeteroStrategyCore(_Base):
         plan: str | Path | None = None,
         no_split: str | list[str] | None = None,
         micro_batches: int | None = None,
+        micro_batching: str = "forward",
         rematerialize: bool = False,
         hang_timeout_s: float = 600.0,
         verbose: bool = True,
@@ -117,6 +125,8 @@ class HeteroStrategyCore(_Base):
             hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),
             once_per_batch=_ONCE_PER_BATCH,
         )
+        self._steps_in_parts = one_of("micro_batching", micro_batching, ("forward", "step")) == "step"
+        self._stepper: Stepper | None = None
         self._verbose = verbose
         self._inventory: Inventory | None = None
         self._plan: Plan | None = None
@@ -228,7 +238,18 @@ class HeteroStrategyCore(_Base):
         self._reconciler = self._placed.reconciler()
         if self._reconciler is not None:
             activate(self._reconciler)
+        self._stepper = self._make_stepper() if fitting else None
         self._show(trainer)
+
+    def _make_stepper(self) -> Stepper | None:
+        """What runs training steps in micro-batches; None if they run once on the whole batch."""
+        placed = self._placed
+        if not self._steps_in_parts or placed is None or placed.engine is None:
+            return None
+        module = self.lightning_module
+        if module is None or self.model is not module or not module.automatic_optimization:
+            return None
+        return Stepper(placed.engine, module, "training_step", RECORDED, placed.layout.metrics)
 
     def model_to_device(self) -> None:
         """Place the model for inference, as Lightning's base class would move it."""
@@ -277,6 +298,9 @@ class HeteroStrategyCore(_Base):
 
     def _release(self, device: torch.device | None) -> None:
         """Undo `_place`; the tensors stay where they are unless a device is given."""
+        stepper, self._stepper = self._stepper, None
+        if stepper is not None:
+            stepper.close()
         reconciler, self._reconciler = self._reconciler, None
         if reconciler is not None:
             deactivate(reconciler)
@@ -307,7 +331,21 @@ class HeteroStrategyCore(_Base):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step."""
         with readable_out_of_memory():
-            return super().training_step(*args, **kwargs)
+            if self._stepper is None or kwargs:
+                return super().training_step(*args, **kwargs)
+            with self.precision_plugin.train_step_context():
+                result = self._stepper.run(args, self._loss_scale())
+            if result is None:
+                return super().training_step(*args, **kwargs)
+            replay(self.lightning_module, result)
+            return merged_output(result)
+
+    def _loss_scale(self) -> float:
+        """What Lightning multiplies the loss with before its backward."""
+        module: Any = self.lightning_module
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        scale: float = scaler.get_scale() if scaler is not None else 1.0
+        return scale / float(module.trainer.accumulate_grad_batches)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step."""
@@ -339,7 +377,7 @@ class HeteroStrategyCore(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {**state, "_placed": None, "_reconciler": None}
+        return {**state, "_placed": None, "_reconciler": None, "_stepper": None}
 
 
 def _serves(accelerator: Any, root: torch.device) -> bool:

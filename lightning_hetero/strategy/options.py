@@ -98,6 +98,17 @@ def positive_seconds(name: str, value: Any) -> float:
     return float(value)
 
 
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """A word.
+
+    Raises:
+        UsageError: It is none of the allowed ones.
+    """
+    if value not in allowed:
+        raise UsageError(f"{name}={value!r} is not known; it may be {' or '.join(map(repr, allowed))}")
+    return str(value)
+
+
 def _meant_by_host(host_devices: Sequence[torch.device]) -> Inventory:
     """What "auto", "gpu" or "cpu" of the host mean.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_hetero.runtime.engine.cut import CannotCutError
-from lightning_hetero.runtime.engine.tree import Tree
+from lightning_hetero.runtime.engine.tree import Tree, with_fields, with_values
 
 
 def split_rows(rows: int, parts: int) -> list[int]:
@@ -62,6 +63,38 @@ def candidates(tensors: Sequence[Tensor]) -> list[Cut]:
         if len(places) > 1:
             found += [Cut(places[:index] + places[index + 1 :]) for index in reversed(range(len(places)))]
     return found
+
+
+def batch_rows(batch: Any) -> int | None:
+    """Rows of a batch of a data loader: the first dimension of its first tensor that has one; None if there is none."""
+    found = Tree(batch)
+    sizes = [tensor.shape[0] for tensor in found.tensors if tensor.dim() > 0]
+    return sizes[0] if sizes and found.opaque is None else None
+
+
+def cut_rows(obj: Any, rows: int, start: int, stop: int) -> Any:
+    """The rows from `start` to before `stop` of a batch of a data loader.
+
+    Tensors with `rows` rows are cut, and so are lists of that length whose items are not batches themselves (texts,
+    images of different sizes); everything else is handed on whole.
+    """
+    if isinstance(obj, Tensor):
+        return obj[start:stop] if obj.dim() > 0 and obj.shape[0] == rows else obj
+    if isinstance(obj, dict):
+        return with_values(obj, {key: cut_rows(value, rows, start, stop) for key, value in obj.items()})
+    if isinstance(obj, (list, tuple)):
+        if len(obj) == rows and not hasattr(obj, "_fields") and not any(_has_rows(item, rows) for item in obj):
+            return obj[start:stop]
+        items = [cut_rows(item, rows, start, stop) for item in obj]
+        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        values = {f.name: cut_rows(getattr(obj, f.name, None), rows, start, stop) for f in dataclasses.fields(obj)}
+        return with_fields(obj, values)
+    return obj
+
+
+def _has_rows(obj: Any, rows: int) -> bool:
+    return any(tensor.dim() > 0 and tensor.shape[0] == rows for tensor in Tree(obj).tensors)
 
 
 class Join:

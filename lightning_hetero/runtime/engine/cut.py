@@ -46,6 +46,10 @@ class Unit(Protocol):
     worker: Worker
     draws: bool
 
+    @property
+    def has_state(self) -> bool:
+        """Whether its forward may change buffers, so that the order of micro-batches matters."""
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The ordinary call."""
 
@@ -81,11 +85,6 @@ class UnitCall:
             raise RuntimeError(_escaped(self.unit.name, "a module"))
         return lane
 
-    @property
-    def key(self) -> tuple[int, int]:
-        """Its place in sums over all calls of the unit."""
-        return (self.lane.index, self.number)
-
     def detached_outputs(self) -> tuple[Tensor, ...]:
         """The outputs for the lane's graph."""
         assert self._outputs is not None
@@ -94,8 +93,10 @@ class UnitCall:
     def submit_backward(self, given: tuple[Tensor | None, ...]) -> None:
         """Queue the backward of the unit's graph."""
         call = self.lane.call
-        if not call.backward_runs:
+        if not self.lane.in_backward:
             raise RuntimeError(_escaped(self.unit.name, call.name))
+        if torch.is_grad_enabled():
+            raise CannotCutError("a gradient inside of it is differentiated again (create_graph=True)")
         self._future = Future()
         self.unit.worker.submit(
             BACKWARD,
@@ -130,7 +131,7 @@ class UnitCall:
                 keep_graph=call.keeps_graph,
             )
         count = len(self._inputs)
-        call.sums.add(("unit", self.unit.number), self.key, self.leaves, found[count:])
+        call.sums.add(self.unit.number, self.lane.index, self.number, self.leaves, found[count:])
         if not call.keeps_graph:
             self._inputs = self._outputs = None
         return found[:count]
@@ -205,12 +206,9 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
             return state.run(lambda: unit.run(*arguments[0], **arguments[1]))
 
     future = Future()
-    unit.worker.submit(FORWARD, call.number, lane.index, work, future, ("F", unit.name))
-    if lane.stream is None:
+    with lane.stream.paused() if lane.stream is not None else nullcontext(), call.in_order(lane, unit):
+        unit.worker.submit(FORWARD, call.number, lane.index, work, future, ("F", unit.name))
         output = future.get()
-    else:
-        with lane.stream.paused():
-            output = future.get()
     if versions != [version_of(tensor) for tensor in given.tensors]:
         raise CannotCutError(f"{unit.name} changes its input in place")
     return _attach(lane, unit, output, given.tensors, tensors, lane_inputs, inputs) if records else output

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Engine:
         self.anchor = torch.zeros((), device="cpu", requires_grad=True)
         self.cut_calls = 0
         self.trial: Watch | None = None
+        self.is_inline = False
         self.running: set[RegionCall] = set()
         self.reasons: list[str] = []
         self._hang_timeout_s = hang_timeout_s
@@ -201,7 +203,7 @@ class Engine:
         seed = int(torch.randint(1 << 62, (), device="cpu")) if verdict.draws else None
         checks, region.checked = not region.checked, True
         task = RegionTask(
-            number=self.cut_calls,
+            number=self.next_call(),
             name=region.name,
             forward=region.in_lane,
             whole=region.whole,
@@ -213,7 +215,6 @@ class Engine:
             checks_capture=checks,
             rematerialized=[p for p in region.module.parameters() if p.requires_grad] if self.rematerialize else None,
         )
-        self.cut_calls += 1
         return RegionCall(self, task), states
 
     def _forward(self, call: RegionCall, before: dict[torch.device, Tensor]) -> Any:
@@ -234,12 +235,10 @@ class Engine:
             return verdict
         if len(region.verdicts) >= _MOST_VERDICTS:
             return Verdict(None, "the structure of its inputs keeps changing")
-        self.trial = watch = Watch(self.generators)
-        try:
+        watch = Watch(self.generators)
+        with self.watching(watch):
             trial = Trial(region.module, region.in_lane, self.generators, self._once_per_batch, watch)
             verdict = trial.verdict(args, kwargs, ThreadState(self.device_types).autocast_dtypes)
-        finally:
-            self.trial = None
         if verdict.cut is not None or verdict.reason != ONE_ROW:
             region.verdicts[key] = verdict
         for unit in watch.units:
@@ -249,10 +248,37 @@ class Engine:
 
     def _note(self, region: Region, reason: str) -> None:
         """Say once why a region runs whole."""
-        text = f"{region.name} is not cut into micro-batches, because {reason}"
-        if text not in self.reasons:
-            self.reasons.append(text)
-            log.warning("%s. Its devices work one after the other; the results are the same.", text)
+        same = "Its devices work one after the other; the results are the same."
+        self.note(f"{region.name} is not cut into micro-batches, because {reason}", same)
+
+    def note(self, reason: str, consequence: str) -> None:
+        """Say once why something is not done, and what that means."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+            log.warning("%s. %s", reason, consequence)
+
+    @contextmanager
+    def watching(self, watch: Watch) -> Iterator[None]:
+        """Within the block units run in this thread and report to `watch`."""
+        self.trial = watch
+        try:
+            yield
+        finally:
+            self.trial = None
+
+    @contextmanager
+    def inline(self) -> Iterator[None]:
+        """Within the block regions run in this thread, whole."""
+        self.is_inline = True
+        try:
+            yield
+        finally:
+            self.is_inline = False
+
+    def next_call(self) -> int:
+        """A number for a call."""
+        self.cut_calls += 1
+        return self.cut_calls - 1
 
     # Interceptions
 

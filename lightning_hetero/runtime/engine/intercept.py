@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -46,6 +47,14 @@ class _Unit:
         """The ordinary call, in this thread."""
         raise NotImplementedError
 
+    @property
+    def has_state(self) -> bool:
+        """Whether its forward may change buffers, so that the order of micro-batches matters."""
+        return any(part.training and part._buffers for module in self._modules() for part in module.modules())
+
+    def _modules(self) -> Sequence[nn.Module]:
+        raise NotImplementedError
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, where it belongs: by the worker if it comes from a lane, else here."""
         lane = current_lane()
@@ -71,6 +80,9 @@ class ModuleUnit(_Unit):
         if self._before is not None:
             return self._before(*args, **kwargs)
         return self.module._call_impl(*args, **kwargs)
+
+    def _modules(self) -> Sequence[nn.Module]:
+        return (self.module,)
 
     def install(self) -> None:
         """Take the place of the module's call."""
@@ -100,6 +112,9 @@ class ChainUnit(_Unit):
         for module in self.modules:
             x = module(x)
         return x
+
+    def _modules(self) -> Sequence[nn.Module]:
+        return self.modules
 
 
 class Region:
@@ -141,7 +156,7 @@ class Region:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What user code calls."""
-        if current_lane() is not None or self.engine.trial is not None:
+        if current_lane() is not None or self.engine.trial is not None or self.engine.is_inline:
             return self.in_lane(*args, **kwargs)
         return self.engine.call_region(self, args, kwargs)
 
@@ -172,6 +187,53 @@ class Region:
 
     def __reduce__(self) -> Any:
         return _own_forward, (self.module,)
+
+
+class Gate:
+    """Lets micro-batches use a module in order: a metric, whose state every call changes.
+
+    Args:
+        module: The module; its calls, and its method `update` if it has one, pass the gate.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._update: Callable[..., Any] | None = getattr(module, "update", None)
+        self._had_update = "update" in module.__dict__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's call, when it is this micro-batch's turn."""
+        with self._turn():
+            return self._module._call_impl(*args, **kwargs)
+
+    def install(self) -> None:
+        """Take the place of the module's calls."""
+        self._module.__dict__[_CALL] = self
+        if self._update is not None:
+            self._module.__dict__["update"] = self.update
+
+    def remove(self) -> None:
+        """Give it back."""
+        if self._module.__dict__.get(_CALL) is self:
+            del self._module.__dict__[_CALL]
+        if self._update is not None:
+            if self._had_update:
+                self._module.__dict__["update"] = self._update
+            else:
+                self._module.__dict__.pop("update", None)
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's update, when it is this micro-batch's turn."""
+        assert self._update is not None
+        with self._turn():
+            return self._update(*args, **kwargs)
+
+    def _turn(self) -> AbstractContextManager[None]:
+        lane = current_lane()
+        return nullcontext() if lane is None else lane.call.passing(lane, id(self._module))
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
 
 
 def _nothing() -> None:

@@ -17,8 +17,8 @@ from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.worker import Cancelled
 
 if TYPE_CHECKING:
+    from lightning_hetero.runtime.engine.call import Call
     from lightning_hetero.runtime.engine.cut import UnitCall
-    from lightning_hetero.runtime.engine.region import RegionCall
     from lightning_hetero.runtime.engine.streams import Stream
 
 
@@ -38,20 +38,22 @@ class Lane:
         leaves: These leaves.
         nodes: Inner nodes of the lane's graph.
         gradients: Gradients of `inputs`, once they are known.
+        in_backward: Whether the backward of the whole lane runs.
     """
 
-    def __init__(self, call: RegionCall, index: int) -> None:
+    def __init__(self, call: Call, index: int) -> None:
         self._call = weakref.ref(call)
         self.index = index
         self.stream: Stream | None = None
         self.trace: list[int] = []
         self.inputs: list[Tensor] = []
+        self.in_backward = False
         self.gradients: Sequence[Tensor | None] = ()
         self.begin()
 
     @property
-    def call(self) -> RegionCall:
-        """The region call, which owns its lanes.
+    def call(self) -> Call:
+        """The call, which owns its lanes.
 
         The reference is weak, as is that from a call of a unit to its lane: a strong one would close a circle through
         the autograd graph, where Python's garbage collector does not look, and outputs that nobody differentiates

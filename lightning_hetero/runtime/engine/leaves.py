@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -67,73 +68,98 @@ def gradients(
 
 
 class OrderedSums:
-    """Sums of gradients, each made in the order of its keys, whatever the order in which they arrive.
+    """Sums of gradients, each made in the order of lanes and calls, whatever the order in which gradients arrive.
 
     A floating-point sum depends on its order. Two workers that finish in another order than yesterday must not
-    change the last digits, so a gradient waits until those of the lower keys of the same source have come.
-
-    Sources are added up in the order in which they were announced.
+    change the last digits, so what a source brings for a lane waits until all that it will bring for lower lanes has
+    come. Sources are units, and the code of the lanes.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._expected: dict[int, Counter[Hashable]] = {}
+        self._ended: set[int] = set()
         self._sources: dict[Hashable, _Source] = {}
 
-    def announce(self, source: Hashable, key: tuple[int, int]) -> None:
-        """Say that `source` may bring gradients under `key`; all keys in order, and before any gradient arrives."""
-        self._sources.setdefault(source, _Source()).expected.append(key)
+    def announce(self, lane: int, sources: Iterable[Hashable]) -> None:
+        """Say what a lane's backward may bring, before it begins: one source for each call, repeated ones too."""
+        with self._lock:
+            self._expected[lane] = Counter(sources)
+            self._settle()
+
+    def end(self, lane: int) -> None:
+        """Say that a lane's backward is over: what has not come by now counts as zero."""
+        with self._lock:
+            self._ended.add(lane)
+            self._settle()
 
     def add(
-        self, source: Hashable, key: tuple[int, int], leaves: Sequence[Tensor], found: Sequence[Tensor | None]
+        self, source: Hashable, lane: int, number: int, leaves: Sequence[Tensor], found: Sequence[Tensor | None]
     ) -> None:
-        """Bring the gradients of one key: one for each leaf."""
+        """Bring gradients.
+
+        Args:
+            source: Where they come from.
+            lane: Index of the lane.
+            number: Place among the calls of the lane.
+            leaves: The leaves.
+            found: Their gradients.
+        """
         with self._lock:
-            self._sources[source].arrived(key, leaves, found)
+            known = self._sources.setdefault(source, _Source())
+            known.waiting.setdefault(lane, []).append((number, leaves, found))
+            self._settle_one(source, known)
 
     def totals(self) -> dict[int, Tensor]:
-        """Gradient by `id` of the leaf, and an end to the sums. Keys that never arrived count as zero."""
-        with self._lock:
-            totals: dict[int, Tensor] = {}
-            for source in self._sources.values():
-                for leaf, total in source.finish().items():
-                    known = totals.get(leaf)
-                    totals[leaf] = total if known is None else known + total
-            self._sources.clear()
-            return totals
+        """Gradients by `id` of the leaf, once every lane has ended."""
+        totals: dict[int, Tensor] = {}
+        for _, source in sorted(self._sources.items(), key=lambda item: repr(item[0])):
+            for leaf, total in source.sums.items():
+                known = totals.get(leaf)
+                totals[leaf] = total if known is None else known + total
+        return totals
+
+    def clear(self) -> None:
+        """Let go of the gradients."""
+        self._sources.clear()
+
+    def _settle(self) -> None:
+        for name, source in self._sources.items():
+            self._settle_one(name, source)
+
+    def _settle_one(self, name: Hashable, source: _Source) -> None:
+        while (lane := source.next_lane) in self._expected:
+            if len(source.waiting.get(lane, ())) < self._expected[lane][name] and lane not in self._ended:
+                return
+            source.take(lane)
 
 
 class _Source:
     """The sums of one source. See `OrderedSums`."""
 
     def __init__(self) -> None:
-        self.expected: list[tuple[int, int]] = []
-        self._next = 0
-        self._waiting: dict[tuple[int, int], tuple[Sequence[Tensor], Sequence[Tensor | None]]] = {}
-        self._sums: dict[int, Tensor] = {}
+        self.waiting: dict[int, list[tuple[int, Sequence[Tensor], Sequence[Tensor | None]]]] = {}
+        self.next_lane = 0
+        self.sums: dict[int, Tensor] = {}
         self._ours: set[int] = set()
 
-    def arrived(self, key: tuple[int, int], leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
-        self._waiting[key] = (leaves, found)
-        while self._next < len(self.expected) and self.expected[self._next] in self._waiting:
-            self._sum(*self._waiting.pop(self.expected[self._next]))
-            self._next += 1
-
-    def finish(self) -> dict[int, Tensor]:
-        for key in sorted(self._waiting):
-            self._sum(*self._waiting.pop(key))
-        return self._sums
+    def take(self, lane: int) -> None:
+        """Add what has come for a lane, and go on to the next lane."""
+        for _, leaves, found in sorted(self.waiting.pop(lane, ()), key=lambda item: item[0]):
+            self._sum(leaves, found)
+        self.next_lane = lane + 1
 
     def _sum(self, leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
         for leaf, gradient in zip(leaves, found, strict=True):
             if gradient is None:
                 continue
             key = id(leaf)
-            known = self._sums.get(key)
+            known = self.sums.get(key)
             if known is None:
-                self._sums[key] = gradient
+                self.sums[key] = gradient
             elif key in self._ours and not gradient.is_sparse:
                 known.add_(gradient)
             else:
                 # Autograd may hand out one tensor for two leaves (of y = a + b), so the first sum is a new tensor.
-                self._sums[key] = known + gradient
+                self.sums[key] = known + gradient
                 self._ours.add(key)

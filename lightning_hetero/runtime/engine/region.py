@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_hetero.runtime.engine.batch import Cut, Join, joined, offsets
+from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
-from lightning_hetero.runtime.engine.lanes import Crew, Lane
+from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import OrderedSums, gradients, walk
-from lightning_hetero.runtime.engine.state import ThreadState, keeps_graph
+from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.transfer import version_of
@@ -35,7 +36,7 @@ from lightning_hetero.runtime.transfer import version_of
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
 
-_OWN_CODE = ("lane", 0)  # source of gradients that the region's own code brings
+OWN_CODE = -1  # source of gradients that the code of lanes brings; units have numbers from 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ class RegionTask:
     rematerialized: Sequence[Tensor] | None
 
 
-class RegionCall:
+class RegionCall(Call):
     """One call of a region, from its forward to the last of its backwards.
 
     Args:
@@ -78,40 +79,26 @@ class RegionCall:
     """
 
     def __init__(self, engine: Engine, task: RegionTask) -> None:
-        self.engine = engine
+        super().__init__(
+            engine,
+            number=task.number,
+            name=task.name,
+            micro_batches=len(task.rows),
+            seed=task.seed,
+            checks_capture=task.checks_capture,
+        )
         self.task = task
-        self.number = task.number
-        self.name = task.name
-        self.seed = task.seed
-        self.generators = engine.generators
-        self.device_types = engine.device_types
-        self.checks_capture = task.checks_capture
-        self.sums = OrderedSums()
         self.backward_runs = False
-        self.keeps_graph = False
-        self._state = ThreadState(engine.device_types)
         self._offsets = offsets(task.rows)
-        self._lanes = [Lane(self, index) for index in range(len(task.rows))]
         # Inputs that need a gradient, by place: cut ones get theirs joined, whole ones theirs added up.
         self._needed = [place for place, t in enumerate(task.given.tensors) if self._state.records and t.requires_grad]
         self._versions = [version_of(tensor) for tensor in task.given.tensors]
         self._parameters: list[Tensor] = list(task.rematerialized or ())
         self._traced: list[int] = []  # places of outputs that have a graph
         self.columns: list[list[Tensor]] = []
-        self._crew: Crew | None = None
         self._spent = False
-        self._muted: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._differentiated: tuple[Tensor | None, ...] | None = None
         self._random_states: dict[torch.device, Tensor] = {}
-
-    def check(self) -> None:
-        """Stop what belongs to a call that has failed.
-
-        Raises:
-            Cancelled: Some lane of the call has failed.
-        """
-        if self._crew is not None:
-            self._crew.check()
 
     # Forward
 
@@ -218,10 +205,8 @@ class RegionCall:
         self.backward_runs = True
         self.sums = OrderedSums()
         for lane in self._lanes:
-            self.sums.announce(_OWN_CODE, (lane.index, 0))
-            for number, unit in enumerate(lane.trace):
-                self.sums.announce(("unit", unit), (lane.index, number))
-        self._mute()
+            self.sums.announce(lane.index, [OWN_CODE, *lane.trace])
+        self._mute(self._parameters)
         self.engine.running.add(self)
         if again:
             self._check_versions()
@@ -242,20 +227,26 @@ class RegionCall:
         found: Sequence[Tensor | None] = [None] * (1 + len(inputs) + len(leaves))
         if pairs:
             with torch.no_grad():
-                found = gradients(
-                    [output for output, _ in pairs],
-                    [gradient for _, gradient in pairs],
-                    [lane.anchor, *inputs, *lane.edges],
-                    keep_graph=self.keeps_graph,
-                )
+                lane.in_backward = True
+                try:
+                    found = gradients(
+                        [output for output, _ in pairs],
+                        [gradient for _, gradient in pairs],
+                        [lane.anchor, *inputs, *lane.edges],
+                        keep_graph=self.keeps_graph,
+                    )
+                finally:
+                    lane.in_backward = False
         lane.gradients = found[1 : 1 + len(inputs)]
         whole = [(place, g) for place, g in zip(self._needed, lane.gradients, strict=True) if place not in self._cut]
         self.sums.add(
-            _OWN_CODE,
-            (lane.index, 0),
+            OWN_CODE,
+            lane.index,
+            0,
             [*leaves, *(self.task.given.tensors[place] for place, _ in whole)],
             [*found[1 + len(inputs) :], *(gradient for _, gradient in whole)],
         )
+        self.sums.end(lane.index)
         if not self.keeps_graph:
             lane.drop_graph()
 
@@ -342,44 +333,15 @@ class RegionCall:
 
     def abandon(self) -> None:
         """End a backward for which nobody waits, because it failed elsewhere in the user's graph."""
-        if self._crew is not None:
-            self._crew.failed = True
-            self.engine.drain(self._crew.left)
-            self._crew = None
+        self._stop()
         self._backward_ends()
 
     def _backward_ends(self) -> None:
         self.backward_runs = False
-        for hooks, kept in self._muted:
-            hooks.update(kept)
-        self._muted.clear()
+        self._unmute()
         self.generators.restore(self._random_states)
         self._random_states = {}
         self.engine.running.discard(self)
-
-    def _start(self, work: Callable[[Lane], None], in_flight: int) -> None:
-        self._crew = Crew(self.engine.pool, self._lanes, work, in_flight)
-
-    def _finish(self) -> None:
-        """Wait for all lanes; raise what the first of those that failed raised."""
-        crew = self._crew
-        assert crew is not None
-        try:
-            self.engine.wait(crew.left, self.name)
-        except BaseException:
-            crew.failed = True  # an interrupt: lanes stop at their next call of a unit
-            self.engine.drain(crew.left)
-            raise
-        self._crew = None  # it holds what its lanes do, which holds this call
-        crew.raise_first(self.name)
-
-    def _mute(self) -> None:
-        """Silence hooks on leaves while lanes run: a backward that asks for a leaf would call them in every lane."""
-        for parameter in self._parameters:
-            hooks: Any = parameter._backward_hooks
-            if hooks:
-                self._muted.append((hooks, dict(hooks)))
-                hooks.clear()
 
 
 class RegionEnter(torch.autograd.Function):

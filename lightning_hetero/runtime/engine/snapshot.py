@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_CONTAINERS = (list, dict, set, deque)
+CONTAINERS = (list, dict, set, deque)
 # What torch itself keeps in a module, or keeps elsewhere in this snapshot.
 _IGNORED = frozenset(
     {
@@ -39,7 +39,7 @@ class Snapshot:
         ]
         self._versions = [(name, parameter, parameter._version) for name, parameter in module.named_parameters()]
         self._attributes = [
-            {key: _kept(value) for key, value in m.__dict__.items() if key not in _IGNORED} for _, m in self._modules
+            {key: kept(value) for key, value in m.__dict__.items() if key not in _IGNORED} for _, m in self._modules
         ]
 
     def put_back(self) -> str | None:
@@ -62,7 +62,7 @@ class Snapshot:
                 change = f"sets the attribute {key!r} of {where}"
                 del module.__dict__[key]
             for key, (value, kept) in attributes.items():
-                if key not in module.__dict__ or module.__dict__[key] is not value or not _unchanged(value, kept):
+                if key not in module.__dict__ or module.__dict__[key] is not value or not unchanged(value, kept):
                     change = f"changes the attribute {key!r} of {where}"
                     _restore(value, kept)
                     module.__dict__[key] = value
@@ -71,17 +71,39 @@ class Snapshot:
                 change = f"changes the parameter {name!r}"
         return change
 
+    def change_below(self, ignored: set[int]) -> str | None:
+        """What was changed in modules below the root and in lists and the like of the root; nothing is put back.
 
-def _kept(value: Any) -> tuple[Any, Any]:
+        Args:
+            ignored: `id` of modules that are not looked at.
+
+        Returns:
+            Words that follow "because"; None if nothing was changed. Buffers are not looked at.
+        """
+        for depth, ((name, module), attributes) in enumerate(zip(self._modules, self._attributes, strict=True)):
+            if id(module) in ignored:
+                continue
+            for key, (value, copied) in attributes.items():
+                if depth and module.__dict__.get(key) is not value:
+                    return f"{name}.{key} is set"
+                if isinstance(value, (*CONTAINERS, Tensor)) and not unchanged(value, copied):
+                    return f"the content of {name + '.' if name else 'self.'}{key} is changed"
+            if depth and any(key not in attributes for key in module.__dict__ if key not in _IGNORED):
+                return f"{name} gets a new attribute"
+        return None
+
+
+def kept(value: Any) -> tuple[Any, Any]:
     """A value, and what is needed to see and undo changes inside it."""
     if isinstance(value, Tensor):
         return value, value.detach().clone()
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, CONTAINERS):
         return value, copy.copy(value)
     return value, None
 
 
-def _unchanged(value: Any, kept: Any) -> bool:
+def unchanged(value: Any, kept: Any) -> bool:
+    """Whether what is inside a value is what `kept` has kept of it."""
     if isinstance(value, Tensor):
         return _equal(value, kept)
     if isinstance(value, dict):

@@ -62,20 +62,21 @@ class Tree:
             return lambda new: kind([item(new) for item in items])
         if isinstance(obj, dict):
             fields = {key: self._take(value) for key, value in obj.items()}
-            return lambda new: _mapping(obj, {key: value(new) for key, value in fields.items()})
+            return lambda new: with_values(obj, {key: value(new) for key, value in fields.items()})
         if isinstance(obj, tuple) and hasattr(obj, "_fields"):
             parts = [self._take(item) for item in obj]
             return lambda new: _named_tuple(kind, [part(new) for part in parts])
         if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
             members = {f.name: self._take(getattr(obj, f.name, None)) for f in dataclasses.fields(obj)}
-            return lambda new: _dataclass(obj, {name: value(new) for name, value in members.items()})
+            return lambda new: with_fields(obj, {name: value(new) for name, value in members.items()})
         self.values.append(obj)
         if not isinstance(obj, _PLAIN) and not callable(obj):
             self.opaque = obj
         return lambda new: obj
 
 
-def _mapping(like: Any, values: dict[Any, Any]) -> Any:
+def with_values(like: Any, values: dict[Any, Any]) -> Any:
+    """A mapping of the same class with other values."""
     if type(like) is dict:
         return values
     # A shallow copy keeps subclasses whole (OrderedDict, ModelOutput, defaultdict and its factory).
@@ -89,7 +90,8 @@ def _named_tuple(kind: Any, items: list[Any]) -> Any:
     return kind(*items)
 
 
-def _dataclass(like: Any, values: dict[str, Any]) -> Any:
+def with_fields(like: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of the same class with other values."""
     # Not `dataclasses.replace`: that would run the user's __init__ and __post_init__ again.
     result = copy.copy(like)
     for name, value in values.items():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.batch import Cut, Join, candidates, joined
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.snapshot import Snapshot
@@ -188,7 +189,12 @@ class Trial:
         states = self._generators.states()
         change: str | None = None
         try:
-            with _methods_refused(self._module, self._forbidden), torch.no_grad(), warnings.catch_warnings():
+            with (
+                _methods_refused(self._module, self._forbidden),
+                frames.random_numbers_arranged(),
+                torch.no_grad(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")  # the run that counts says it again
                 found = self._try(given, precision)
         except CannotCutError as refused:

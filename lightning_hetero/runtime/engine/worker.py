@@ -139,7 +139,10 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """What the thread does."""
-        frames.enter_worker()
+        with frames.random_numbers_arranged():
+            self._work()
+
+    def _work(self) -> None:
         torch.set_num_threads(self._threads)
         _enter_device(self.torch_device)
         self._ready.set()

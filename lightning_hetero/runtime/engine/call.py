@@ -1,0 +1,104 @@
+"""What calls of regions and whole steps have in common: lanes, sums of gradients, failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_hetero.runtime.engine.lanes import Crew, Lane
+from lightning_hetero.runtime.engine.leaves import OrderedSums
+from lightning_hetero.runtime.engine.state import ThreadState
+
+if TYPE_CHECKING:
+    from lightning_hetero.runtime.engine.cut import Unit
+    from lightning_hetero.runtime.engine.engine import Engine
+
+
+class Call:
+    """Something that runs in lanes.
+
+    Args:
+        engine: Workers, lanes, generators.
+        number: Workers take tasks of calls with lower numbers first.
+        name: For messages.
+        micro_batches: How many lanes.
+        seed: Where random numbers begin; None if none are drawn.
+        checks_capture: Whether to look for tensors that come into lanes by another way than inputs.
+
+    Attributes:
+        sums: Sums of the gradients of parameters.
+        keeps_graph: Whether there may be another backward.
+    """
+
+    def __init__(
+        self, engine: Engine, *, number: int, name: str, micro_batches: int, seed: int | None, checks_capture: bool
+    ) -> None:
+        self.engine = engine
+        self.number = number
+        self.name = name
+        self.seed = seed
+        self.checks_capture = checks_capture
+        self.generators = engine.generators
+        self.device_types = engine.device_types
+        self.sums = OrderedSums()
+        self.keeps_graph = False
+        self._state = ThreadState(engine.device_types)
+        self._lanes = [Lane(self, index) for index in range(micro_batches)]
+        self._crew: Crew | None = None
+        self._muted: list[tuple[dict[int, Any], dict[int, Any]]] = []
+
+    def check(self) -> None:
+        """Stop what belongs to a call that has failed.
+
+        Raises:
+            Cancelled: Some lane of the call has failed.
+        """
+        if self._crew is not None:
+            self._crew.check()
+
+    def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None]:
+        """Within the block, lower lanes are done with the unit, if their order matters."""
+        return nullcontext()
+
+    def passing(self, lane: Lane, key: Hashable) -> AbstractContextManager[None]:
+        """Within the block, lower lanes are done with `key`, if their order matters."""
+        return nullcontext()
+
+    def _start(self, work: Callable[[Lane], None], in_flight: int) -> None:
+        self._crew = Crew(self.engine.pool, self._lanes, work, in_flight)
+
+    def _finish(self) -> None:
+        """Wait for all lanes; raise what the first of those that failed raised."""
+        crew = self._crew
+        assert crew is not None
+        try:
+            self.engine.wait(crew.left, self.name)
+        except BaseException:
+            crew.failed = True  # an interrupt: lanes stop at their next call of a unit
+            self.engine.drain(crew.left)
+            raise
+        self._crew = None  # it holds what its lanes do, which holds this call
+        crew.raise_first(self.name)
+
+    def _stop(self) -> None:
+        """End lanes for which nobody waits."""
+        crew, self._crew = self._crew, None
+        if crew is not None:
+            crew.failed = True
+            self.engine.drain(crew.left)
+
+    def _mute(self, leaves: Iterable[Tensor]) -> None:
+        """Silence hooks on leaves while lanes run: a backward that asks for a leaf would call them in every lane."""
+        for leaf in leaves:
+            hooks: Any = leaf._backward_hooks
+            if hooks:
+                self._muted.append((hooks, dict(hooks)))
+                hooks.clear()
+
+    def _unmute(self) -> None:
+        for hooks, kept in self._muted:
+            hooks.update(kept)
+        self._muted.clear()

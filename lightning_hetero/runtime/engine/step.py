@@ -1,0 +1,251 @@
+"""A whole training step in micro-batches: the user's code runs once for each, and gradients are accumulated.
+
+The meaning is that of gradient accumulation over the same micro-batches, each loss weighted by its share of the rows.
+A micro-batch runs backward as soon as its forward is done, and at most one more of them than there are devices is under
+way: the memory bound of 1F1B (Narayanan et al., "PipeDream: generalized pipeline parallelism for DNN training", 2019).
+
+To the host the step returns one loss with one autograd node, which hands out the finished gradients when the host calls
+backward: it may clear gradients in between, scale the loss, or accumulate over batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.runtime.engine.call import Call
+from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.lanes import Lane
+from lightning_hetero.runtime.engine.leaves import gradients, walk
+from lightning_hetero.runtime.engine.region import OWN_CODE
+from lightning_hetero.runtime.engine.state import keeps_graph
+from lightning_hetero.runtime.engine.streams import Stream, derive
+from lightning_hetero.runtime.engine.turnstile import Turnstile
+
+if TYPE_CHECKING:
+    from lightning_hetero.runtime.engine.cut import Unit
+    from lightning_hetero.runtime.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTask:
+    """What is to be done in one step.
+
+    Attributes:
+        run: Runs the user's step for the micro-batch with the given index; returns what it returned.
+        rows: Rows of each micro-batch.
+        scale: What the loss will be multiplied with before the host's backward.
+        leaves: The parameters that may get gradients.
+        seed: Where random numbers begin; None if none are drawn.
+        own_code_draws: Whether the step's own code, outside of units, draws random numbers.
+    """
+
+    run: Callable[[int], Any]
+    rows: Sequence[int]
+    scale: float
+    leaves: Sequence[nn.Parameter]
+    seed: int | None = None
+    own_code_draws: bool = False
+
+
+class StepCall(Call):
+    """One training step in micro-batches.
+
+    Args:
+        engine: Workers, lanes, generators.
+        number: Number of the call.
+        task: What is to be done.
+
+    Attributes:
+        outputs: What the user's step returned for each micro-batch.
+    """
+
+    def __init__(self, engine: Engine, number: int, task: StepTask) -> None:
+        super().__init__(
+            engine,
+            number=number,
+            name="the training step",
+            micro_batches=len(task.rows),
+            seed=task.seed,
+            checks_capture=False,
+        )
+        self._task = task
+        self.outputs: list[Any] = [None] * len(task.rows)
+        self._found: list[list[Tensor]] = [[] for _ in task.rows]
+        self._turnstile = Turnstile(len(task.rows), self.check)
+        self._leaves: list[Tensor] = []
+
+    def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None]:
+        """Within the block, lower lanes are done with the unit, if it keeps state (running means, say)."""
+        return self._turnstile.passing(lane.index, unit.number) if unit.has_state else nullcontext()
+
+    @contextmanager
+    def passing(self, lane: Lane, key: Hashable) -> Iterator[None]:
+        """Within the block, lower lanes are done with `key`; for the lane's own code."""
+        if lane.stream is None:
+            with self._turnstile.passing(lane.index, key):
+                yield
+            return
+        lane.stream.pause()  # a lower lane may need the generator to get here
+        try:
+            with self._turnstile.passing(lane.index, key), lane.stream.running():
+                yield
+        finally:
+            lane.stream.resume()
+
+    def in_lanes(self) -> None:
+        """Run all micro-batches at the same time.
+
+        Raises:
+            UnsupportedError: The step does something that cannot be cut.
+        """
+        self._mute(self._task.leaves)
+        try:
+            self._start(self._lane, self.engine.lanes_again)
+            self._finish()
+        except CannotCutError as refused:
+            raise UnsupportedError(
+                f"the training step cannot run in micro-batches, because {refused}, which it did not do in the first "
+                "step. Set micro_batching='forward'."
+            ) from refused
+        finally:
+            self._stop()
+            self._unmute()
+
+    def one_by_one(self) -> None:
+        """Run the micro-batches one after the other in this thread: plain accumulation of gradients."""
+        self._mute(self._task.leaves)
+        try:
+            for lane in self._lanes:
+                self._step(lane)
+        finally:
+            self._unmute()
+
+    def loss(self) -> Tensor | None:
+        """The loss of the whole batch, with a graph that hands out the gradients; None if no step returned one.
+
+        Raises:
+            UnsupportedError: Some micro-batches returned a loss and others none.
+        """
+        losses = [loss_of(output) for output in self.outputs]
+        if all(loss is None for loss in losses):
+            return None
+        if any(loss is None for loss in losses):
+            raise UnsupportedError(
+                "training_step returned a loss for some micro-batches and None for others. Set "
+                "micro_batching='forward', which runs it once on the whole batch."
+            )
+        value = weighted([loss.detach() for loss in losses if loss is not None], self._task.rows)
+        found = {id(leaf): leaf for leaves in self._found for leaf in leaves}
+        self._leaves = list(found.values())
+        if not self._leaves:
+            return value
+        result: Any = _StepLoss.apply(self, value, self.engine.anchor, *self._leaves)  # type: ignore[no-untyped-call]
+        whole: Tensor = result
+        return whole
+
+    def hand_out(self, gradient: Tensor) -> list[Tensor | None]:
+        """The gradients, if the loss has got `gradient`."""
+        totals = self.sums.totals()
+        factor = float(gradient) / self._task.scale
+        if abs(factor - 1.0) <= torch.finfo(gradient.dtype).eps:
+            factor = 1.0  # the scale as the loss's dtype knows it
+        result = []
+        for leaf in self._leaves:
+            total = totals.get(id(leaf))
+            result.append(total if total is None or factor == 1.0 else total * factor)
+        if not keeps_graph():
+            self.sums.clear()
+        return result
+
+    def _lane(self, lane: Lane) -> None:
+        try:
+            self._state.run(lambda: self._step(lane))
+        finally:
+            self._turnstile.end(lane.index)
+
+    def _step(self, lane: Lane) -> None:
+        index = lane.index
+        if self.seed is not None and self._task.own_code_draws:
+            lane.stream = Stream(self.generators.of[self.engine.root], derive(self.seed, index))
+            with lane.stream.running():
+                output = self._task.run(index)
+        else:
+            output = self._task.run(index)
+        loss = loss_of(output)
+        self.outputs[index] = output
+        self.sums.announce(index, [OWN_CODE, *lane.trace])
+        if loss is not None and loss.requires_grad:
+            edges, leaves, _ = walk([loss], [lane.anchor])
+            share = self._task.rows[index] / sum(self._task.rows)
+            seed = torch.full_like(loss.detach(), share * self._task.scale)
+            lane.in_backward = True
+            try:
+                with torch.no_grad():
+                    found = gradients([loss], [seed], [lane.anchor, *edges], keep_graph=False)
+            finally:
+                lane.in_backward = False
+            self.sums.add(OWN_CODE, index, 0, leaves, found[1:])
+            self._found[index] = [*leaves, *(leaf for call in lane.units for leaf in call.leaves)]
+            self.outputs[index] = detached(output)
+        self.sums.end(index)
+        lane.drop_graph()
+
+
+class _StepLoss(torch.autograd.Function):
+    """See the module's text."""
+
+    @staticmethod
+    def forward(ctx: Any, call: StepCall, value: Tensor, anchor: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.call = call
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "the gradient of a training step in micro-batches cannot be differentiated again (create_graph=True). "
+                "Set micro_batching='forward'."
+            )
+        return (None, None, None, *ctx.call.hand_out(gradients[0]))
+
+
+def weighted(values: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """The mean of values of micro-batches, each with the weight of its rows."""
+    total = sum(rows)
+    result = values[0] * (rows[0] / total)
+    for value, count in zip(values[1:], rows[1:], strict=True):
+        result = result + value * (count / total)
+    return result
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a training step returned.
+
+    Raises:
+        UnsupportedError: It is not a tensor with one element.
+    """
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if loss is None:
+        return None
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise UnsupportedError(
+            f"training_step returned {type(loss).__name__} as loss; in micro-batches it has to be a tensor with one "
+            "element, or None"
+        )
+    return loss
+
+
+def detached(output: Any) -> Any:
+    """What a training step returned, without graphs."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, dict):
+        return {key: detached(value) for key, value in output.items()}
+    return output

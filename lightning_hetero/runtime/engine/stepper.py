@@ -1,0 +1,246 @@
+"""Runs training steps in micro-batches: rehearses the first one, then lets them flow if that is safe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, offsets, split_rows
+from lightning_hetero.runtime.engine.intercept import Gate, Region
+from lightning_hetero.runtime.engine.snapshot import Snapshot
+from lightning_hetero.runtime.engine.step import StepCall, StepTask
+from lightning_hetero.runtime.engine.tree import Tree
+from lightning_hetero.runtime.engine.twin import Writes, twin_of, watched
+from lightning_hetero.runtime.engine.verdict import Watch
+
+if TYPE_CHECKING:
+    from lightning_hetero.runtime.engine.engine import Engine
+
+_ONE_BY_ONE = "micro-batches of the training step run one after the other, because"
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """One call of a recorded method, such as `log`."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step in micro-batches did.
+
+    Attributes:
+        loss: The loss of the batch, with its graph; None if the step returned none.
+        outputs: What the user's step returned for each micro-batch.
+        rows: Rows of each micro-batch.
+        notes: Calls of recorded methods, for each micro-batch in order.
+    """
+
+    loss: Tensor | None
+    outputs: Sequence[Any]
+    rows: Sequence[int]
+    notes: Sequence[Sequence[Noted]]
+
+
+@dataclass(slots=True)
+class _Mode:
+    """What a rehearsal found for one kind of batch."""
+
+    reason: str | None
+    draws: bool = False
+    own_code_draws: bool = False
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step on its way."""
+
+    args: tuple[Any, ...]
+    rows: list[int]
+    notes: list[list[Noted]] = field(default_factory=list)
+    twins: dict[int, nn.Module] = field(default_factory=dict)
+
+
+class Stepper:
+    """Runs the step of a module in micro-batches.
+
+    The first step with a new kind of batch runs them one after the other, which is right in any case, and looks
+    for what they hand on from one to the next: such steps go on in this way, all others in lanes.
+
+    Args:
+        engine: Workers, lanes, generators.
+        module: The module whose method `step` is run.
+        step: Name of that method.
+        recorded: Names of methods of the module whose calls are noted instead of made.
+        gated: Modules that micro-batches have to use in order (metrics).
+    """
+
+    def __init__(
+        self, engine: Engine, module: nn.Module, step: str, recorded: Sequence[str], gated: Sequence[nn.Module]
+    ) -> None:
+        self._engine = engine
+        self._module = module
+        self._name = step
+        self._recorded = recorded
+        self._gates = [Gate(each) for each in gated]
+        self._gated = {id(part) for each in gated for part in each.modules()}
+        self._modes: dict[Any, _Mode] = {}
+        for gate in self._gates:
+            gate.install()
+
+    def close(self) -> None:
+        """Take the gates off."""
+        for gate in self._gates:
+            gate.remove()
+
+    def run(self, args: tuple[Any, ...], scale: float) -> StepResult | None:
+        """Run one step.
+
+        Args:
+            args: Arguments of the user's step; the first is the batch.
+            scale: What the loss will be multiplied with before the host's backward.
+
+        Returns:
+            The result; None if the batch cannot be cut, and nothing has been done.
+        """
+        total = batch_rows(args[0])
+        if total is None or total < 2:
+            reason = "the training step is not cut into micro-batches, because its batch has no rows to cut"
+            self._engine.note(reason, "It runs once on the whole batch.")
+            return None
+        step = _Step(args, split_rows(total, self._engine.micro_batches))
+        step.notes = [[] for _ in step.rows]
+        given = Tree(args[0])
+        key = tuple((tensor.dim(), tensor.dtype) for tensor in given.tensors)
+        mode = self._modes.get(key)
+        if mode is None:
+            call, self._modes[key] = self._rehearse(step, scale)
+        elif mode.reason is not None:
+            call = self._call(step, scale, mode, self._run_after_the_last)
+            with self._engine.inline():
+                call.one_by_one()
+        else:
+            call = self._in_lanes(step, scale, mode)
+        return StepResult(call.loss(), call.outputs, step.rows, step.notes)
+
+    # Ways to run
+
+    def _in_lanes(self, step: _Step, scale: float, mode: _Mode) -> StepCall:
+        writes = Writes(self._module)
+        states = self._engine.generators.states() if mode.draws else {}
+        call = self._call(step, scale, mode, self._run_beside_the_others)
+        if mode.draws:
+            states = self._engine.generators.states()  # one number was drawn for the seed
+        try:
+            call.in_lanes()
+        finally:
+            self._engine.generators.restore(states)
+        for index in sorted(step.twins):
+            self._module.__dict__.update(writes.of(step.twins[index], self._own(index, step)))
+        return call
+
+    def _rehearse(self, step: _Step, scale: float) -> tuple[StepCall, _Mode]:
+        """Run one after the other, and look for reasons to go on in this way."""
+        watch = Watch(self._engine.generators)
+        calls = _GradientCalls()
+        snapshot = Snapshot(self._module)
+        handed_on: set[str] = set()
+        written: set[str] = set()
+
+        def run(index: int, step: _Step) -> Any:
+            writes = Writes(self._module)
+            twin = self._twin(index, step)
+            read = watched(twin, written)
+            output = self._call_user(twin, index, step)
+            new = writes.of(twin, self._own(index, step))
+            self._module.__dict__.update(new)
+            handed_on.update(read)
+            written.update(new)
+            return output
+
+        call = self._call(step, scale, _Mode(None), run)
+        with self._engine.watching(watch), calls:
+            call.one_by_one()
+        watch.end()
+        reason = calls.reason or snapshot.change_below(ignored=self._gated)
+        if handed_on:
+            reason = f"self.{min(handed_on)} goes from one batch to the next"
+        if reason is None and watch.changer is not None:
+            reason = f"{watch.changer} changes its input in place"
+        for unit in watch.units:
+            unit.draws = True
+        if reason is not None:
+            self._engine.note(f"{_ONE_BY_ONE} {reason}", "The results are the same as in lanes.")
+        return call, _Mode(reason, watch.any, watch.own_code)
+
+    def _call(self, step: _Step, scale: float, mode: _Mode, run: Callable[[int, _Step], Any]) -> StepCall:
+        drawn = mode.draws and mode.reason is None
+        task = StepTask(
+            run=lambda index: run(index, step),
+            rows=step.rows,
+            scale=scale,
+            leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],
+            seed=int(torch.randint(1 << 62, (), device="cpu")) if drawn else None,
+            own_code_draws=mode.own_code_draws,
+        )
+        return StepCall(self._engine, self._engine.next_call(), task)
+
+    def _run_beside_the_others(self, index: int, step: _Step) -> Any:
+        step.twins[index] = twin = self._twin(index, step)
+        return self._call_user(twin, index, step)
+
+    def _run_after_the_last(self, index: int, step: _Step) -> Any:
+        writes = Writes(self._module)
+        twin = self._twin(index, step)
+        output = self._call_user(twin, index, step)
+        self._module.__dict__.update(writes.of(twin, self._own(index, step)))
+        return output
+
+    # One micro-batch
+
+    def _own(self, index: int, step: _Step) -> dict[str, Any]:
+        """Attributes that a twin has for itself."""
+        own: dict[str, Any] = {}
+        if isinstance(self._module.__dict__.get("forward"), Region):
+            own["forward"] = None  # that of the class, so that `self` is the twin in it
+        for name in self._recorded:
+            own[name] = _recorder(name, step.notes[index])
+        return own
+
+    def _twin(self, index: int, step: _Step) -> nn.Module:
+        return twin_of(self._module, self._own(index, step))
+
+    def _call_user(self, twin: nn.Module, index: int, step: _Step) -> Any:
+        first = offsets(step.rows)
+        batch = cut_rows(step.args[0], first[-1], first[index], first[index + 1])
+        return getattr(twin, self._name)(batch, *step.args[1:])
+
+
+def _recorder(name: str, notes: list[Noted]) -> Callable[..., None]:
+    def record(*args: Any, **kwargs: Any) -> None:
+        notes.append(Noted(name, tuple(map(_detached, args)), {key: _detached(v) for key, v in kwargs.items()}))
+
+    return record
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class _GradientCalls(TorchFunctionMode):
+    """Notices that the user's step computes gradients itself."""
+
+    reason: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            self.reason = "it computes gradients itself"
+        return func(*args, **(kwargs or {}))

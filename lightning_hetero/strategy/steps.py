@@ -1,0 +1,96 @@
+"""What Lightning sees of a training step in micro-batches: one output, and one call of `self.log` for each name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.runtime.engine.step import weighted
+from lightning_hetero.runtime.engine.stepper import Noted, StepResult
+
+RECORDED = ("log",)
+"""Methods of a LightningModule that micro-batches note, and that are called once for the batch."""
+
+_REDUCTIONS = {
+    "mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max",
+    torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max", min: "min", max: "max", sum: "sum",
+}  # fmt: skip
+
+
+def replay(module: Any, result: StepResult) -> None:
+    """Call `module.log` with the values of all micro-batches merged.
+
+    Means get the weight of rows, sums are added up, and so on by the reduction of each name. So what is logged on the
+    step is that of the whole batch, and what is logged on the epoch counts every row once.
+
+    Raises:
+        UnsupportedError: A name has a reduction that cannot be merged.
+    """
+    merged: dict[tuple[str, int], list[tuple[int, Noted]]] = {}
+    for index, notes in enumerate(result.notes):
+        seen: dict[str, int] = {}
+        for note in notes:
+            name = str(note.kwargs["name"] if "name" in note.kwargs else note.args[0])
+            seen[name] = seen.get(name, 0) + 1
+            merged.setdefault((name, seen[name]), []).append((index, note))
+    for (name, _), entries in merged.items():
+        _log(module, name, entries, result.rows)
+
+
+def _log(module: Any, name: str, entries: Sequence[tuple[int, Noted]], rows: Sequence[int]) -> None:
+    calls = [_arguments(note) for _, note in entries]
+    options = {key: value for key, value in calls[0].items() if key not in ("name", "value", "batch_size")}
+    weights = [call.get("batch_size") or rows[index] for call, (index, _) in zip(calls, entries, strict=True)]
+    values = [call["value"] for call in calls]
+    if not all(isinstance(value, (int, float, Tensor)) for value in values):
+        module.log(name, values[0], **options)  # a metric, which has been updated already
+        return
+    reduction = _REDUCTIONS.get(options.get("reduce_fx", "mean"))
+    tensors = [value if isinstance(value, Tensor) else torch.tensor(float(value)) for value in values]
+    if reduction == "mean":
+        value = weighted([tensor if tensor.is_floating_point() else tensor.float() for tensor in tensors], weights)
+    elif reduction == "sum":
+        value = torch.stack(tensors).sum(0)
+    elif reduction in ("min", "max"):
+        value = torch.stack(tensors).amin(0) if reduction == "min" else torch.stack(tensors).amax(0)
+    else:
+        raise UnsupportedError(
+            f"self.log({name!r}, reduce_fx={options['reduce_fx']!r}) in micro-batches: known reductions are mean, sum, "
+            "min and max. Set micro_batching='forward', which logs once for the whole batch."
+        )
+    module.log(name, value, **options, batch_size=sum(weights))
+
+
+def _arguments(note: Noted) -> dict[str, Any]:
+    return {**dict(zip(("name", "value"), note.args, strict=False)), **note.kwargs}
+
+
+def merged_output(result: StepResult) -> Any:
+    """What `training_step` returns for the whole batch: the loss, and what stood beside it.
+
+    Tensors with the rows of their micro-batch are joined, scalars are averaged by rows, other values are those of the
+    last micro-batch, as if it had overwritten the others.
+    """
+    last = result.outputs[-1]
+    if not isinstance(last, Mapping):
+        return result.loss
+    output = {
+        key: _merge([output[key] for output in result.outputs], result.rows)
+        for key in last
+        if key != "loss" and all(isinstance(output, Mapping) and key in output for output in result.outputs)
+    }
+    return {**output, "loss": result.loss}
+
+
+def _merge(values: Sequence[Any], rows: Sequence[int]) -> Any:
+    if not all(isinstance(value, Tensor) for value in values):
+        return values[-1]
+    if all(value.dim() > 0 and value.shape[0] == count for value, count in zip(values, rows, strict=True)):
+        return torch.cat(list(values))
+    if all(value.dim() == 0 and value.is_floating_point() for value in values):
+        return weighted(values, rows)
+    return values[-1]
