@@ -1,4 +1,4 @@
-"""Structured configs of the groups `devices` and `placement`: names, types and defaults, in one place.
+"""Structured configs of the groups `devices`, `placement` and `schedule`: names, types and defaults, in one place.
 
 Hydra merges every file of these groups into the dataclass of the group, so a misspelt name or a wrong type is
 refused before anything runs. Structured configs know no unions, and a field that is typed as a mapping takes
@@ -50,7 +50,26 @@ class PlacementConf:
     plan: Optional[str] = None  # noqa: UP045
 
 
-_SCHEMAS = {"devices": DevicesConf, "placement": PlacementConf}
+@dataclass
+class ScheduleConf:
+    """How batches flow through the devices.
+
+    Attributes:
+        micro_batches: How many parts a batch is cut into; null leaves it to the environment, and else to 1.
+        micro_batching: "forward" cuts calls of modules, "step" the whole training step.
+        rule: Name of the schedule for "step".
+        rematerialize: Whether the backward runs forwards again instead of keeping activations, with "forward".
+    """
+
+    micro_batches: Optional[int] = None  # noqa: UP045
+    micro_batching: str = "forward"
+    rule: Optional[str] = None  # noqa: UP045
+    rematerialize: bool = False
+
+
+SCHEMAS = {"devices": DevicesConf, "placement": PlacementConf, "schedule": ScheduleConf}
+"""Group of files -> the dataclass that all of them are merged into."""
+
 _MAPPINGS: dict[str, tuple[type[HeteroError], str]] = {
     "devices.memory": (InventoryError, r"'devices.memory={cuda\:0: 10GiB}'"),
     "placement.device_map": (PlacementError, r"'placement.device_map={backbone: cuda\:0, *: auto}'"),
@@ -59,7 +78,7 @@ _MAPPINGS: dict[str, tuple[type[HeteroError], str]] = {
 
 def store_schemas() -> None:
     """Make the dataclasses known to Hydra. Calling it again changes nothing."""
-    for name, node in _SCHEMAS.items():
+    for name, node in SCHEMAS.items():
         ConfigStore.instance().store(group=SCHEMA_GROUP, name=name, node=node, provider="lightning-hetero")
 
 
@@ -74,7 +93,7 @@ def check_groups(cfg: Mapping[str, Any]) -> None:
         InventoryError: The memory limits are no mapping.
         PlacementError: The device map is no mapping, or is needed and missing.
     """
-    for group in _SCHEMAS.keys() & cfg.keys():
+    for group in SCHEMAS.keys() & cfg.keys():
         _check_fields(group, cfg[group])
     for path, (error, example) in _MAPPINGS.items():
         group, _, name = path.partition(".")
@@ -87,7 +106,7 @@ def check_groups(cfg: Mapping[str, Any]) -> None:
 
 
 def _check_fields(group: str, given: Mapping[str, Any]) -> None:
-    known = [field.name for field in fields(_SCHEMAS[group])]
+    known = [field.name for field in fields(SCHEMAS[group])]
     for name in given:
         if name not in known:
             near = get_close_matches(str(name), known, n=1)

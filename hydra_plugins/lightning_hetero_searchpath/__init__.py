@@ -40,6 +40,7 @@ class HeteroConf:
     no_split: Optional[List[str]] = None  # noqa: UP006, UP045
     micro_batches: Optional[int] = None  # noqa: UP045
     micro_batching: str = "forward"
+    schedule: Optional[str] = None  # noqa: UP045
     rematerialize: bool = False
     hang_timeout_s: float = 600.0
     verbose: bool = True

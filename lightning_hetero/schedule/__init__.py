@@ -13,6 +13,7 @@ from lightning_hetero.schedule.sequential import Sequential
 from lightning_hetero.schedule.timeline import TRANSFER, Span, Timeline
 from lightning_hetero.schedule.trace import chrome_trace
 from lightning_hetero.schedule.work_queue import WorkQueue
+from lightning_hetero.schedule.zero_bubble import ZeroBubble
 
 __all__ = [
     "TRANSFER",
@@ -29,6 +30,7 @@ __all__ = [
     "Span",
     "Timeline",
     "WorkQueue",
+    "ZeroBubble",
     "bounds",
     "check_program",
     "chrome_trace",

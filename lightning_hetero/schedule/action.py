@@ -39,7 +39,9 @@ class Action:
         if self.op not in _OPS:
             raise ScheduleError(f"unknown op {self.op!r} of an action; known are {', '.join(_OPS)}")
         if self.stage < 0 or self.micro_batch < 0:
-            raise ScheduleError(f"stages and micro-batches count from 0, got stage {self.stage} and micro-batch {self.micro_batch}")
+            raise ScheduleError(
+                f"stages and micro-batches count from 0, got stage {self.stage} and micro-batch {self.micro_batch}"
+            )
 
     def __str__(self) -> str:
         return f"{self.stage}{self.op}{self.micro_batch}"

@@ -46,10 +46,9 @@ def _places(programs: Programs) -> Iterator[tuple[Action, _Place]]:
 
 
 def _strangers(programs: Programs, pipeline: Pipeline) -> Iterator[_Fault]:
-    known = {*pipeline.actions()}
     seen: dict[Action, _Place] = {}
     for action, place in _places(programs):
-        if action not in known:
+        if action not in pipeline:
             yield (
                 f"{_at(place)}: {action} is no action of this pipeline, which has {pipeline.stages} stages, "
                 f"{pipeline.micro_batches} micro-batches and the ops {', '.join(pipeline.ops)}; remove it",
@@ -84,6 +83,8 @@ def _too_early(programs: Programs, pipeline: Pipeline) -> Iterator[_Fault]:
 def _too_many(programs: Programs, pipeline: Pipeline, in_flight: Sequence[int] | None) -> Iterator[_Fault]:
     if in_flight is None:
         return
+    if len(in_flight) != pipeline.stages:
+        raise ScheduleError(f"in_flight has {len(in_flight)} numbers for {pipeline.stages} stages; `bounds` gives them")
     held: Counter[int] = Counter()
     for action, place in _places(programs):
         held[action.stage] += (action.op == "F") - (action.op == pipeline.ops[-1])
@@ -113,11 +114,12 @@ def _deadlocks(programs: Programs, pipeline: Pipeline) -> Iterator[_Fault]:
         circle.append(following)
     circle = circle[circle.index(following) :]
     waits = [
-        f"device {d} waits in step {step[d]} with {heads[d]} for {awaited[d]}, which device "
-        f"{pipeline.device_of[awaited[d].stage]} does after {heads[pipeline.device_of[awaited[d].stage]]}"
-        for d in circle
+        f"device {device} waits in step {step[device]} with {heads[device]} for {awaited[device]} of "
+        f"device {pipeline.device_of[awaited[device].stage]}"
+        for device in circle
     ]
-    yield f"deadlock: {'; '.join(waits)}; move one of them behind", [(d, step[d]) for d in circle]
+    advice = "move one of these actions behind others of its device"
+    yield f"deadlock: {'; '.join(waits)}; {advice}", [(device, step[device]) for device in circle]
 
 
 def _heads(programs: Programs, step: Mapping[int, int]) -> dict[int, Action]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_hetero.schedule.action import Action
 from lightning_hetero.schedule.pipeline import Pipeline
@@ -15,11 +16,12 @@ class GPipe:
     """Begin no backward before all forwards are done. Every stage holds all micro-batches.
 
     References:
-        Huang et al., GPipe, NeurIPS 2019.
+        Huang et al., GPipe: Efficient Training of Giant Neural Networks using Pipeline Parallelism, NeurIPS 2019.
     """
 
-    name: str = "gpipe"
-    all_forwards_first: bool = True
+    name: ClassVar[str] = "gpipe"
+    all_forwards_first: ClassVar[bool] = True
+    splits_backward: ClassVar[bool] = False
 
     def priority(self, action: Action, pipeline: Pipeline) -> int:
         """Forwards before backwards, and among them the lowest micro-batch."""

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
-from lightning_hetero.errors import ScheduleError
 from lightning_hetero.schedule.action import Action
+from lightning_hetero.schedule.one_f_one_b import OneFOneB
 from lightning_hetero.schedule.pipeline import Pipeline
 from lightning_hetero.schedule.rule import alternating, register_schedule
 
 
 @register_schedule("interleaved_1f1b")
 @dataclass(frozen=True)
-class Interleaved1F1B:
-    """Take micro-batches in rounds, about one for each device; a device runs a round through one of its stages
-    after the other. Meant for stages dealt out in turn, (0, 1, 0, 1); any other deal works too.
+class Interleaved1F1B(OneFOneB):
+    """Take micro-batches in rounds, about one for each device, and each round through all stages of a device.
+
+    Meant for stages dealt out in turn, such as to the devices (0, 1, 0, 1); any other deal works too.
 
     Attributes:
         spare: Micro-batches in flight on each stage beyond what equal stages and instant transfers need.
 
     References:
         Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters, SC 2021, section 2.2.
-        The rounds are those of torch's `ScheduleInterleaved1F1B`, without its demand that they be equal.
+        The rounds are those of torch's `ScheduleInterleaved1F1B`, which refuses unequal ones.
     """
 
-    spare: int = 1
-    name: str = field(default="interleaved_1f1b", init=False)
-    all_forwards_first: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        if self.spare < 0:
-            raise ScheduleError(f"spare must be 0 or more micro-batches, got {self.spare}; sequential holds fewer")
+    name: ClassVar[str] = "interleaved_1f1b"
 
     def priority(self, action: Action, pipeline: Pipeline) -> int:
         """Round after round: forwards from the device's first stage to its last, backwards from last to first."""
@@ -64,8 +60,9 @@ def _round(pipeline: Pipeline) -> int:
 
 
 def _warm_up(stage: int, pipeline: Pipeline) -> int:
-    """Forwards of the stage's device before it alternates: a round through all its stages but the last, and the
-    way from there to the end of the ring and back.
+    """Forwards of the stage's device before it alternates.
+
+    They are a round through all its stages but the last, and the way to the end of the devices and back.
     """
     behind = len(pipeline.devices) - 1 - pipeline.devices.index(pipeline.device_of[stage])
     return (_lap(stage, pipeline)[1] - 1) * _round(pipeline) + 2 * behind

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_hetero.errors import ScheduleError
 from lightning_hetero.schedule.action import Action
@@ -23,12 +24,13 @@ class OneFOneB:
         spare: Micro-batches in flight beyond the number of stages.
 
     References:
-        Narayanan et al., Memory-Efficient Pipeline-Parallel DNN Training (PipeDream-Flush), ICML 2021.
+        Narayanan et al., Memory-Efficient Pipeline-Parallel DNN Training, ICML 2021 (PipeDream-Flush).
     """
 
+    name: ClassVar[str] = "1f1b"
+    all_forwards_first: ClassVar[bool] = False
+    splits_backward: ClassVar[bool] = False
     spare: int = 1
-    name: str = field(default="1f1b", init=False)
-    all_forwards_first: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.spare < 0:

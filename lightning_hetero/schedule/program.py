@@ -28,18 +28,15 @@ def make_programs(schedule: Schedule, pipeline: Pipeline) -> dict[int, tuple[Act
     """
     queues = {device: WorkQueue(schedule, pipeline) for device in sorted(pipeline.devices)}
     programs: dict[int, list[Action]] = {device: [] for device in queues}
-    done: set[Action] = set()
-    arrived = [Action(0, "F", micro_batch) for micro_batch in range(pipeline.micro_batches)]
+    arrived = [*pipeline.starts()]
     while arrived or any(queues.values()):
         for action in arrived:
             queues[pipeline.device_of[action.stage]].add(action)
-        taken = {device: action for device, queue in queues.items() if (action := queue.take()) is not None}
+        taken = {device: now for device, queue in queues.items() if (now := queue.take()) is not None}
         assert taken, f"the rule {schedule.name!r} got stuck, which `bounds` should have ruled out"
         for device, action in taken.items():
             programs[device].append(action)
-        done.update(taken.values())
-        unlocked = dict.fromkeys(later for action in taken.values() for later in pipeline.unlocks(action))
-        arrived = [action for action in unlocked if done.issuperset(pipeline.needs(action))]
+        arrived = [later for action in taken.values() for later in pipeline.unlocks(action)]
     return {device: tuple(program) for device, program in programs.items()}
 
 

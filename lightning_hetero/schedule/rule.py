@@ -28,6 +28,10 @@ class Schedule(Protocol):
     def all_forwards_first(self) -> bool:
         """Whether a stage begins no backward before its last forward, as when the loss needs the whole batch."""
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether it is meant for the ops `("F", "I", "W")`; it works with the others too."""
+
     def priority(self, action: Action, pipeline: Pipeline) -> int:
         """Place of the action on its device if all stages were equal; of the ready actions the lowest goes first."""
 
@@ -104,7 +108,8 @@ def alternating(op: str, index: int, warm_up: int) -> int:
     schedule here is this with its own warm-up and its own numbering.
 
     Example:
-        >>> sorted("FFFBBB"), [alternating("F", n, 1) for n in range(3)], [alternating("B", n, 1) for n in range(3)]
-        (['B', 'B', 'B', 'F', 'F', 'F'], [0, 1, 3], [2, 4, 6])
+        >>> place = {f"{op}{index}": alternating(op, index, warm_up=1) for op in "FB" for index in range(3)}
+        >>> " ".join(sorted(place, key=place.get))
+        'F0 F1 B0 F2 B1 B2'
     """
     return max(index, 2 * index - warm_up) if op == "F" else 2 * index + warm_up + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_hetero.schedule.action import Action
 from lightning_hetero.schedule.pipeline import Pipeline
@@ -14,8 +15,9 @@ from lightning_hetero.schedule.rule import alternating, register_schedule
 class Sequential:
     """Let the next micro-batch in when the one before has left: plain gradient accumulation."""
 
-    name: str = "sequential"
-    all_forwards_first: bool = False
+    name: ClassVar[str] = "sequential"
+    all_forwards_first: ClassVar[bool] = False
+    splits_backward: ClassVar[bool] = False
 
     def priority(self, action: Action, pipeline: Pipeline) -> int:
         """Forward and backward of one micro-batch, then of the next."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from lightning_hetero.errors import ScheduleError
 
 FORMAT = "lightning_hetero.timeline"
 VERSION = 1
+TOLERANCE_S = 1e-6
+"""Spans that overlap by less do not: clocks and sums of floats are no finer than that."""
 TRANSFER = "transfer"
 """The op of spans that move tensors. They run beside the work of their device and do not count as such."""
 
@@ -106,23 +109,7 @@ class Timeline:
     def bubble_share(self) -> float:
         """Share of all devices' time that is idle, 0 to 1; 0 where no time passes."""
         shares = self.utilisation.values()
-        return 1 - math.fsum(shares) / len(shares) if self.makespan_s else 0.0
-
-    def shift(self, by_s: float) -> Timeline:
-        """The same, `by_s` seconds later."""
-        return Timeline(tuple(_replaced(span, start_s=span.start_s + by_s) for span in self.spans), self.devices)
-
-    def merge(self, *others: Timeline) -> Timeline:
-        """All spans of several timelines on one axis of time.
-
-        Raises:
-            ScheduleError: Work of the same device overlaps.
-        """
-        everything = (self, *others)
-        return Timeline(
-            tuple(span for timeline in everything for span in timeline.spans),
-            tuple(device for timeline in everything for device in timeline.devices),
-        )
+        return max(0.0, 1 - math.fsum(shares) / len(shares)) if self.makespan_s else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The timeline as plain JSON types."""
@@ -147,7 +134,7 @@ class Timeline:
                 "record it again, or use the version of lightning-hetero that wrote it"
             )
         try:
-            return cls(tuple(Span(**_read(span)) for span in data["spans"]), tuple(map(str, data["devices"])))
+            return cls(tuple(map(_read_span, data["spans"])), tuple(map(_read_text, data["devices"])))
         except (KeyError, TypeError) as error:
             raise ScheduleError(f"the timeline is damaged: {type(error).__name__}: {error}") from error
 
@@ -162,3 +149,28 @@ class Timeline:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise ScheduleError(f"the timeline is not valid JSON ({error}); it was cut short or edited") from error
+
+
+def _check_one_at_a_time(spans: Sequence[Span]) -> None:
+    for before, span in pairwise(sorted(spans, key=lambda span: span.start_s)):
+        if span.start_s < before.end_s - TOLERANCE_S:
+            raise ScheduleError(
+                f"{span.device!r} cannot do {span} from {span.start_s:g} s and {before} until {before.end_s:g} s: a "
+                f"device does one thing at a time; give spans that run beside its work the op {TRANSFER!r}"
+            )
+
+
+def _read_span(data: Mapping[str, Any]) -> Span:
+    span = Span(**data)
+    _read_text(span.device)
+    _read_text(span.op)
+    for index in (span.stage, span.micro_batch):
+        if index is not None and type(index) is not int:
+            raise TypeError(f"expected a whole number or null, got {index!r}")
+    return span
+
+
+def _read_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text, got {value!r}")
+    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 from lightning_hetero.errors import ScheduleError
 from lightning_hetero.schedule.action import Action
@@ -11,13 +11,17 @@ from lightning_hetero.schedule.rule import Schedule, bounds
 
 
 class WorkQueue:
-    """The ready actions of one device. The runtime's workers and the simulator ask the same object.
+    """The ready actions of one device, for one run through a pipeline. Workers and the simulator ask the same object.
 
     Whoever owns the queue adds an action when its inputs are on the device and takes the next one when the
     device is free, so a taken action is over by the time of the next `take`. The queue has no lock and no clock.
 
-    Some worker always has something to do, as long as each queue gets what `Pipeline.unlocks`: the micro-batch
-    that has come furthest waits for nobody, for a stage that it has yet to reach holds none.
+    Two promises hold in whatever order and however late actions arrive:
+
+    - Each stage does its forwards in order of micro-batches, and its backwards too. So sums of gradients are
+      added up in the same order in every run, bit for bit, though stages that share a device may change places.
+    - Workers never wait for each other in a circle, as long as the end of each action adds what it
+      `Pipeline.unlocks`: nothing holds back the lowest micro-batch that is not through, wherever it is.
 
     Args:
         schedule: The rule.
@@ -28,12 +32,14 @@ class WorkQueue:
     """
 
     def __init__(self, schedule: Schedule, pipeline: Pipeline) -> None:
-        self._schedule = schedule
         self._pipeline = pipeline
+        self._schedule = schedule
         self._bounds = bounds(schedule, pipeline)
-        self._ready: dict[Action, int] = {}
-        self._held: Counter[int] = Counter()
-        self._forwards: Counter[int] = Counter()
+        self._loss_needs_all = schedule.all_forwards_first and "F" in pipeline.ops
+        self._ready: dict[Action, int] = {}  # with their priorities
+        self._skipped: set[Action] = set()
+        self._next: Counter[tuple[int, str]] = Counter()  # the micro-batch whose turn it is, by stage and op
+        self._held: defaultdict[int, set[int]] = defaultdict(set)  # micro-batches, by stage
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -42,11 +48,23 @@ class WorkQueue:
         """Say that the inputs of an action are there.
 
         Raises:
-            ScheduleError: It is waiting already.
+            ScheduleError: The action was added or skipped before, or the pipeline has no such action.
         """
-        if action in self._ready:
-            raise ScheduleError(f"{action} is in the queue already; add each action once, when its inputs arrive")
+        self._expect(action)
         self._ready[action] = self._schedule.priority(action, self._pipeline)
+
+    def skip(self, action: Action) -> None:
+        """Say that an action will never come, since control flow or autograd passes its stage by.
+
+        Without it the micro-batches behind would wait for their turn for ever. It is early enough to say it when
+        the micro-batch is through with its forward, or with its backward.
+
+        Raises:
+            ScheduleError: The action was added or skipped before, or the pipeline has no such action.
+        """
+        self._expect(action)
+        self._skipped.add(action)
+        self._move_on(action)
 
     def take(self) -> Action | None:
         """The action to run now. None: nothing is there, or what is there has to wait for actions yet to come."""
@@ -55,14 +73,30 @@ class WorkQueue:
             return None
         _, action = min(allowed)
         del self._ready[action]
+        self._next[action.stage, action.op] += 1
         if action.op == "F":
-            self._held[action.stage] += 1
-            self._forwards[action.stage] += 1
-        if action.op == self._pipeline.ops[-1]:
-            self._held[action.stage] -= 1
+            self._held[action.stage].add(action.micro_batch)
+        self._move_on(action)
         return action
 
     def _may_run(self, action: Action) -> bool:
+        stage = action.stage
+        if action.micro_batch != self._next[stage, action.op]:
+            return False
         if action.op == "F":
-            return self._held[action.stage] < self._bounds[action.stage]
-        return not self._schedule.all_forwards_first or self._forwards[action.stage] == self._pipeline.micro_batches
+            return len(self._held[stage]) < self._bounds[stage]
+        return not self._loss_needs_all or self._next[stage, "F"] == self._pipeline.micro_batches
+
+    def _move_on(self, action: Action) -> None:
+        if action.op == self._pipeline.ops[-1]:
+            self._held[action.stage].discard(action.micro_batch)
+        turn = (action.stage, action.op)
+        while Action(*turn, self._next[turn]) in self._skipped:
+            self._next[turn] += 1
+
+    def _expect(self, action: Action) -> None:
+        if action not in self._pipeline:
+            raise ScheduleError(f"{action} is no action of {self._pipeline}; make a queue for each run of a pipeline")
+        gone = action.micro_batch < self._next[action.stage, action.op]
+        if gone or action in self._ready or action in self._skipped:
+            raise ScheduleError(f"{action} was added or skipped before; say it once, when its inputs arrive")

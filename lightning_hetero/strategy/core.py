@@ -39,6 +39,7 @@ from lightning_hetero.strategy.options import (
     one_of,
     positive_seconds,
     requested_inventory,
+    schedule_for,
 )
 from lightning_hetero.strategy.planning import Planning
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
@@ -81,6 +82,8 @@ class HeteroStrategyCore(_Base):
             whole `training_step` for each micro-batch and accumulates gradients, each loss weighted by its rows: less
             memory, and the meaning of gradient accumulation (batch statistics and losses that are no means over rows
             are those of micro-batches). Steps with manual optimization are cut by "forward" in any case.
+        schedule: Order of micro-batches with `micro_batching="step"`: "1f1b" (each backward as early as can be, few
+            micro-batches alive; the default), "gpipe" (all forwards first), "interleaved_1f1b" or "sequential".
         rematerialize: Whether the backward runs the forward of each micro-batch again instead of keeping what it needs
             of all of them: less memory, one forward more. Only with `micro_batches`.
         hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads.
@@ -107,6 +110,7 @@ class HeteroStrategyCore(_Base):
         no_split: str | list[str] | None = None,
         micro_batches: int | None = None,
         micro_batching: str = "forward",
+        schedule: str | None = None,
         rematerialize: bool = False,
         hang_timeout_s: float = 600.0,
         verbose: bool = True,
@@ -125,6 +129,7 @@ class HeteroStrategyCore(_Base):
             hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),
             once_per_batch=_ONCE_PER_BATCH,
         )
+        self._schedule = schedule_for(schedule, micro_batching)
         self._steps_in_parts = one_of("micro_batching", micro_batching, ("forward", "step")) == "step"
         self._stepper: Stepper | None = None
         self._verbose = verbose
@@ -249,7 +254,7 @@ class HeteroStrategyCore(_Base):
         module = self.lightning_module
         if module is None or self.model is not module or not module.automatic_optimization:
             return None
-        return Stepper(placed.engine, module, "training_step", RECORDED, placed.layout.metrics)
+        return Stepper(placed.engine, module, "training_step", self._schedule, RECORDED, placed.layout.metrics)
 
     def model_to_device(self) -> None:
         """Place the model for inference, as Lightning's base class would move it."""

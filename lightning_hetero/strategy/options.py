@@ -11,6 +11,7 @@ import torch
 from lightning_hetero.devices import Inventory, resolve_devices
 from lightning_hetero.errors import InventoryError, PlacementError, UsageError
 from lightning_hetero.placement import ManualPolicy, PlacementPolicy, get_policy
+from lightning_hetero.schedule import Schedule, get_schedule
 
 DEVICES_VARIABLE = "HETERO_DEVICES"
 PLACEMENT_VARIABLE = "HETERO_PLACEMENT"
@@ -107,6 +108,26 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise UsageError(f"{name}={value!r} is not known; it may be {' or '.join(map(repr, allowed))}")
     return str(value)
+
+
+def schedule_for(name: str | None, micro_batching: str) -> Schedule:
+    """The schedule of that name; None for "1f1b".
+
+    Raises:
+        ScheduleError: No schedule has that name.
+        UsageError: The schedule cannot be followed.
+    """
+    schedule = get_schedule(name or "1f1b")
+    if name is not None and micro_batching != "step":
+        raise UsageError(
+            f"schedule={name!r} orders whole training steps; set micro_batching='step' too. With "
+            "micro_batching='forward' the loss needs the whole batch, so all forwards come first."
+        )
+    if schedule.splits_backward:
+        raise UsageError(
+            f"schedule={name!r} splits backwards in two, which only the simulator can do; take '1f1b' instead"
+        )
+    return schedule
 
 
 def _meant_by_host(host_devices: Sequence[torch.device]) -> Inventory:

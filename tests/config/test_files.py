@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_hetero._conf import conf_dir
-from lightning_hetero.config import check_groups
+from lightning_hetero.config import SCHEMAS, check_groups
 
 PROGRAM = ["lightning-hetero", "train"]
 OURS = sorted(path for path in conf_dir().rglob("*.yaml") if path.parent.name != "hetero")
@@ -61,9 +61,9 @@ def test_every_file_opens_with_commands_that_use_it_and_that_compose(path: Path)
 def test_no_file_repeats_a_default_of_the_python_code(path: Path) -> None:
     if path.parent.name in ("data", "model"):
         assert list(yaml.safe_load(path.read_text())) == ["_target_"]
-    if path.parent.name in ("devices", "placement"):
+    if path.parent.name in ("devices", "placement", "schedule"):
         given = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "defaults"}
-        plain = composed()[path.parent.name]
+        plain = vars(SCHEMAS[path.parent.name]())
         assert all(plain[key] != value for key, value in given.items())
 
 
@@ -92,7 +92,17 @@ def test_the_groups_reach_the_strategy() -> None:
         "placement": "auto",
         "no_split": ["Block"],
         "plan": "p.json",
+        "micro_batches": 1,
+        "micro_batching": "forward",
+        "schedule": None,
+        "rematerialize": False,
     }
+
+
+def test_a_schedule_file_reaches_the_strategy() -> None:
+    strategy = composed("schedule=1f1b", "schedule.micro_batches=16").trainer.strategy
+    assert (strategy.micro_batches, strategy.micro_batching, strategy.schedule) == (16, "step", "1f1b")
+    assert composed("schedule=forward", "schedule.rematerialize=true").trainer.strategy.rematerialize
 
 
 def test_an_experiment_may_choose_the_placement_and_the_command_line_still_wins() -> None:

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_hetero.errors import UnsupportedError, UsageError
+from lightning_hetero.errors import ScheduleError, UnsupportedError, UsageError
 from lightning_hetero.testing.accelerator import EmulatedAccelerator
 from lightning_hetero.testing.lightning_module import Classifier, data, difference
 from lightning_hetero.testing.models import MODELS
 
 STEPS = {"strategy": {"micro_batches": 4, "micro_batching": "step"}}
+PARTS = {"micro_batching": "step"}
 EMULATED = "cpu@speed=1,cpu@speed=1,cpu@speed=1"
 
 
@@ -273,6 +274,30 @@ def test_a_loss_for_some_micro_batches_only_is_refused(hetero: Any) -> None:
         UnsupportedError, match=r"a loss for some micro-batches and None for others\. Set micro_batching"
     ):
         hetero(devices=EMULATED, **STEPS).fit(Some(), data(rows=80))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b", "sequential"])
+def test_every_schedule_gives_the_same_numbers(schedule: str, plain: Any, hetero: Any) -> None:
+    alone, spread = Quiet("convnet"), Quiet("convnet")
+    plain(accumulate_grad_batches=4).fit(alone, data("convnet", batch_size=2))
+    options = {**STEPS["strategy"], "schedule": schedule}
+    hetero(devices=EMULATED, strategy=options).fit(spread, data("convnet", batch_size=8))
+    assert difference(alone, spread) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"schedule": "1f1b"}, UsageError, r"schedule='1f1b' orders whole training steps; set micro_batching='step'"),
+        ({"schedule": "zero_bubble", **PARTS}, UsageError, r"which only the simulator can do; take '1f1b' instead"),
+        ({"schedule": "1f2b", **PARTS}, ScheduleError, r"unknown schedule '1f2b'. Did you mean '1f1b'"),
+    ],
+)
+def test_schedules_that_cannot_be_followed_are_refused(
+    hetero: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        hetero(strategy=options)
 
 
 def test_a_word_that_means_nothing_is_refused(hetero: Any) -> None:

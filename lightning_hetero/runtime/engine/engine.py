@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.verdict import ONE_ROW, Trial, Verdict, Watch
 from lightning_hetero.runtime.engine.worker import Record, Worker
 from lightning_hetero.runtime.layout import Layout
+from lightning_hetero.schedule import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class Engine:
         self._numbers = itertools.count()
         self._one_call = threading.Lock()
         self._workers = self._make_workers(layout, paces, records)
+        names = list(self._workers)
+        self._stages = tuple(names.index(name) for name, _ in groupby(block.device.name for block in layout.blocks))
         # As many as keep all devices at work, and one that is handed over: the bound of 1F1B.
         self.lanes_again = len(self._workers) + 1
         devices = [root, *(worker.torch_device for worker in self._workers.values())]
@@ -138,6 +142,10 @@ class Engine:
         """Wait for lanes that were told to stop."""
         if not countdown.wait(min(_DRAIN_S, self._hang_timeout_s)):
             log.warning("lanes are still running after an interruption: %s", self._busy())
+
+    def pipeline(self, micro_batches: int) -> Pipeline:
+        """The stages of the model, in order of definition, as schedules see them."""
+        return Pipeline(device_of=self._stages, micro_batches=micro_batches)
 
     def next_number(self) -> int:
         """A number for a unit."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.faults import Countdown
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import gradients, walk
 from lightning_hetero.runtime.engine.region import OWN_CODE
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
 
 
+_LOOK_AGAIN_S = 0.05  # how soon a waiting lane notices that another one has failed
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTask:
     """What is to be done in one step.
@@ -41,6 +45,8 @@ class StepTask:
         run: Runs the user's step for the micro-batch with the given index; returns what it returned.
         rows: Rows of each micro-batch.
         scale: What the loss will be multiplied with before the host's backward.
+        in_flight: How many micro-batches may be under way at once.
+        forwards_first: Whether no backward begins before the last forward has ended.
         leaves: The parameters that may get gradients.
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the step's own code, outside of units, draws random numbers.
@@ -49,6 +55,8 @@ class StepTask:
     run: Callable[[int], Any]
     rows: Sequence[int]
     scale: float
+    in_flight: int
+    forwards_first: bool
     leaves: Sequence[nn.Parameter]
     seed: int | None = None
     own_code_draws: bool = False
@@ -80,6 +88,7 @@ class StepCall(Call):
         self._found: list[list[Tensor]] = [[] for _ in task.rows]
         self._turnstile = Turnstile(len(task.rows), self.check)
         self._leaves: list[Tensor] = []
+        self._forwards = Countdown(len(task.rows))
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None]:
         """Within the block, lower lanes are done with the unit, if it keeps state (running means, say)."""
@@ -107,7 +116,7 @@ class StepCall(Call):
         """
         self._mute(self._task.leaves)
         try:
-            self._start(self._lane, self.engine.lanes_again)
+            self._start(self._lane, self._task.in_flight)
             self._finish()
         except CannotCutError as refused:
             raise UnsupportedError(
@@ -170,6 +179,11 @@ class StepCall(Call):
         finally:
             self._turnstile.end(lane.index)
 
+    def _all_forwards_done(self, lane: Lane) -> None:
+        self._forwards.count_down()
+        while not self._forwards.wait(_LOOK_AGAIN_S):
+            self.check()  # another lane has failed, and will not come
+
     def _step(self, lane: Lane) -> None:
         index = lane.index
         if self.seed is not None and self._task.own_code_draws:
@@ -181,6 +195,8 @@ class StepCall(Call):
         loss = loss_of(output)
         self.outputs[index] = output
         self.sums.announce(index, [OWN_CODE, *lane.trace])
+        if self._task.forwards_first and self._crew is not None:
+            self._all_forwards_done(lane)
         if loss is not None and loss.requires_grad:
             edges, leaves, _ = walk([loss], [lane.anchor])
             share = self._task.rows[index] / sum(self._task.rows)

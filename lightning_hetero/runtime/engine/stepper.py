@@ -17,6 +17,7 @@ from lightning_hetero.runtime.engine.step import StepCall, StepTask
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Writes, twin_of, watched
 from lightning_hetero.runtime.engine.verdict import Watch
+from lightning_hetero.schedule import Schedule, bounds
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
@@ -79,16 +80,24 @@ class Stepper:
         engine: Workers, lanes, generators.
         module: The module whose method `step` is run.
         step: Name of that method.
+        schedule: In what order.
         recorded: Names of methods of the module whose calls are noted instead of made.
         gated: Modules that micro-batches have to use in order (metrics).
     """
 
     def __init__(
-        self, engine: Engine, module: nn.Module, step: str, recorded: Sequence[str], gated: Sequence[nn.Module]
+        self,
+        engine: Engine,
+        module: nn.Module,
+        step: str,
+        schedule: Schedule,
+        recorded: Sequence[str],
+        gated: Sequence[nn.Module],
     ) -> None:
         self._engine = engine
         self._module = module
         self._name = step
+        self._schedule = schedule
         self._recorded = recorded
         self._gates = [Gate(each) for each in gated]
         self._gated = {id(part) for each in gated for part in each.modules()}
@@ -187,6 +196,8 @@ class Stepper:
             run=lambda index: run(index, step),
             rows=step.rows,
             scale=scale,
+            in_flight=bounds(self._schedule, self._engine.pipeline(len(step.rows)))[0],
+            forwards_first=self._schedule.all_forwards_first,
             leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],
             seed=int(torch.randint(1 << 62, (), device="cpu")) if drawn else None,
             own_code_draws=mode.own_code_draws,
