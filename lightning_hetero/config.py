@@ -59,12 +59,14 @@ class ScheduleConf:
         micro_batching: "forward" cuts calls of modules, "step" the whole training step.
         rule: Name of the schedule for "step".
         rematerialize: Whether the backward runs forwards again instead of keeping activations, with "forward".
+        batch_norm: "whole", or "defer" for statistics of micro-batches, with "forward".
     """
 
     micro_batches: Optional[int] = None  # noqa: UP045
     micro_batching: str = "forward"
     rule: Optional[str] = None  # noqa: UP045
     rematerialize: bool = False
+    batch_norm: str = "whole"
 
 
 SCHEMAS = {"devices": DevicesConf, "placement": PlacementConf, "schedule": ScheduleConf}

@@ -42,6 +42,7 @@ class HeteroConf:
     micro_batching: str = "forward"
     schedule: Optional[str] = None  # noqa: UP045
     rematerialize: bool = False
+    batch_norm: str = "whole"
     hang_timeout_s: float = 600.0
     verbose: bool = True
     checkpoint_io: Any = None

@@ -32,6 +32,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.arranged = False
+        self.micro_batch = 0
 
 
 _LOCAL = _Local()
@@ -84,3 +85,13 @@ def random_numbers_arranged() -> Iterator[None]:
 def are_random_numbers_arranged() -> bool:
     """Whether this thread is within `random_numbers_arranged`."""
     return _LOCAL.arranged
+
+
+def begin_micro_batch(index: int) -> None:
+    """Say which micro-batch this thread works for."""
+    _LOCAL.micro_batch = index
+
+
+def micro_batch() -> int:
+    """The micro-batch that this thread works for."""
+    return _LOCAL.micro_batch

@@ -27,6 +27,7 @@ class Pipelining:
     Attributes:
         micro_batches: How many a batch is cut into; 1 does not cut.
         rematerialize: Whether the backward runs the forward of each micro-batch again, to keep fewer activations.
+        defers_batch_norm: Whether micro-batches are normalised by their own mean and variance.
         hang_timeout_s: Seconds after which a call that has not ended is given up.
         once_per_batch: Names of methods of the model that must not be called for a part of a batch.
         records: Where to note which device did what, and when; None notes nothing.
@@ -34,6 +35,7 @@ class Pipelining:
 
     micro_batches: int = 1
     rematerialize: bool = False
+    defers_batch_norm: bool = False
     hang_timeout_s: float = 600.0
     once_per_batch: Sequence[str] = ()
     records: list[Record] | None = None
@@ -102,6 +104,7 @@ class PlacedModel:
                 self.root,
                 self.pipelining.micro_batches,
                 rematerialize=self.pipelining.rematerialize,
+                defers_batch_norm=self.pipelining.defers_batch_norm,
                 paces=self._paces,
                 hang_timeout_s=self.pipelining.hang_timeout_s,
                 once_per_batch=self.pipelining.once_per_batch,

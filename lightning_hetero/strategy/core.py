@@ -86,6 +86,9 @@ class HeteroStrategyCore(_Base):
             micro-batches alive; the default), "gpipe" (all forwards first), "interleaved_1f1b" or "sequential".
         rematerialize: Whether the backward runs the forward of each micro-batch again instead of keeping what it needs
             of all of them: less memory, one forward more. Only with `micro_batches`.
+        batch_norm: "whole" runs modules with batch normalisation in training on whole batches, as one device does.
+            "defer" cuts them: each micro-batch is normalised by its own mean and variance, and the running statistics
+            are those of the whole batch. Results then differ from those of one device.
         hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads.
         verbose: Whether to print the plan once.
         checkpoint_io: As in every Lightning strategy.
@@ -112,6 +115,7 @@ class HeteroStrategyCore(_Base):
         micro_batching: str = "forward",
         schedule: str | None = None,
         rematerialize: bool = False,
+        batch_norm: str = "whole",
         hang_timeout_s: float = 600.0,
         verbose: bool = True,
         checkpoint_io: Any = None,
@@ -126,6 +130,7 @@ class HeteroStrategyCore(_Base):
         self._pipelining = Pipelining(
             micro_batches=number_of_micro_batches(micro_batches),
             rematerialize=rematerialize,
+            defers_batch_norm=one_of("batch_norm", batch_norm, ("whole", "defer")) == "defer",
             hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),
             once_per_batch=_ONCE_PER_BATCH,
         )

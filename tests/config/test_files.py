@@ -96,6 +96,7 @@ def test_the_groups_reach_the_strategy() -> None:
         "micro_batching": "forward",
         "schedule": None,
         "rematerialize": False,
+        "batch_norm": "whole",
     }
 
 

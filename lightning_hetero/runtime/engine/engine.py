@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_hetero.runtime.emulate import Pace
 from lightning_hetero.runtime.engine import faults
 from lightning_hetero.runtime.engine.batch import split_rows
+from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.intercept import ChainUnit, ModuleUnit, Region
 from lightning_hetero.runtime.engine.lanes import LanePool
@@ -47,6 +48,8 @@ class Engine:
         micro_batches: How many a batch is cut into.
         rematerialize: Whether to run the forward of each micro-batch again in the backward instead of keeping what
             the backward needs of all of them.
+        defers_batch_norm: Whether micro-batches are normalised by their own mean and variance, with running
+            statistics of the whole batch. If not, a region with batch normalisation in training runs whole.
         paces: Threads of emulated devices, by name.
         hang_timeout_s: Seconds after which a call that has not ended is given up.
         once_per_batch: Names of methods of the model that user code must not call for a part of a batch.
@@ -65,6 +68,7 @@ class Engine:
         micro_batches: int,
         *,
         rematerialize: bool = False,
+        defers_batch_norm: bool = False,
         paces: Mapping[str, Pace],
         hang_timeout_s: float,
         once_per_batch: Sequence[str] = (),
@@ -73,6 +77,7 @@ class Engine:
         self.root = root
         self.micro_batches = micro_batches
         self.rematerialize = rematerialize
+        self._defers_batch_norm = defers_batch_norm
         self.anchor = torch.zeros((), device="cpu", requires_grad=True)
         self.cut_calls = 0
         self.trial: Watch | None = None
@@ -221,6 +226,7 @@ class Engine:
             seed=seed,
             own_code_draws=region.own_code_draws,
             checks_capture=checks,
+            deferred=Deferred(filter(uses_batch, region.parts)),
             rematerialized=[p for p in region.module.parameters() if p.requires_grad] if self.rematerialize else None,
         )
         return RegionCall(self, task), states
@@ -245,7 +251,9 @@ class Engine:
             return Verdict(None, "the structure of its inputs keeps changing")
         watch = Watch(self.generators)
         with self.watching(watch):
-            trial = Trial(region.module, region.in_lane, self.generators, self._once_per_batch, watch)
+            trial = Trial(
+                region.module, region.in_lane, self.generators, self._once_per_batch, watch, self._defers_batch_norm
+            )
             verdict = trial.verdict(args, kwargs, ThreadState(self.device_types).autocast_dtypes)
         if verdict.cut is not None or verdict.reason != ONE_ROW:
             region.verdicts[key] = verdict

@@ -16,6 +16,7 @@ graph; the backward of a lane runs its forward once more, and only a few lanes a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_hetero.runtime.engine.batch import Cut, Join, joined, offsets
+from lightning_hetero.runtime.engine.batch_norm import Deferred
 from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.lanes import Lane
@@ -54,6 +56,7 @@ class RegionTask:
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the region's own code, outside of units, draws random numbers.
         checks_capture: Whether to look for tensors that came into the region by another way than its inputs.
+        deferred: Batch normalisations that use the statistics of micro-batches.
         rematerialized: The parameters of a region whose forward is to keep no graph; None keeps it.
     """
 
@@ -67,6 +70,7 @@ class RegionTask:
     seed: int | None
     own_code_draws: bool
     checks_capture: bool
+    deferred: Deferred
     rematerialized: Sequence[Tensor] | None
 
 
@@ -99,6 +103,7 @@ class RegionCall(Call):
         self._spent = False
         self._differentiated: tuple[Tensor | None, ...] | None = None
         self._random_states: dict[torch.device, Tensor] = {}
+        self._during_backward = ExitStack()
 
     # Forward
 
@@ -114,8 +119,9 @@ class RegionCall(Call):
         def work(lane: Lane) -> None:
             outputs[lane.index] = self._state.run(lambda: self._lane_forward(lane, records))
 
-        self._start(work, len(self._lanes))
-        self._finish()
+        with self.task.deferred.collecting():
+            self._start(work, len(self._lanes))
+            self._finish()
         return self._join(outputs)
 
     def _lane_forward(self, lane: Lane, records: bool) -> Any:
@@ -211,6 +217,7 @@ class RegionCall(Call):
         if again:
             self._check_versions()
             self._random_states = self.generators.states() if self.seed is not None else {}
+            self._during_backward.enter_context(self.task.deferred.untouched())
         in_flight = self.engine.lanes_again if again else len(self._lanes)
         self._start(lambda lane: self._lane_backward(lane, given), in_flight)
 
@@ -339,6 +346,7 @@ class RegionCall(Call):
     def _backward_ends(self) -> None:
         self.backward_runs = False
         self._unmute()
+        self._during_backward.close()
         self.generators.restore(self._random_states)
         self._random_states = {}
         self.engine.running.discard(self)

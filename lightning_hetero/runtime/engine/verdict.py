@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.batch import Cut, Join, candidates, joined
+from lightning_hetero.runtime.engine.batch_norm import Deferred, can_defer, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.streams import Generators
@@ -157,6 +157,7 @@ class Trial:
         generators: The default generators of all devices of the plan.
         forbidden: Names of methods of the module, such as `log`, that must be called once per batch only.
         watch: To which units report.
+        defers: Whether batch normalisations may use the statistics of micro-batches.
     """
 
     def __init__(
@@ -166,12 +167,14 @@ class Trial:
         generators: Generators,
         forbidden: Sequence[str],
         watch: Watch,
+        defers: bool = False,
     ) -> None:
         self._module = module
         self._run = run
         self._generators = generators
         self._forbidden = forbidden
         self._watch = watch
+        self._defers = defers
 
     def verdict(self, args: tuple[Any, ...], kwargs: dict[str, Any], precision: Sequence[torch.dtype]) -> Verdict:
         """Find out.
@@ -209,7 +212,7 @@ class Trial:
         if given.opaque is not None:
             return f"it is called with a {type(given.opaque).__name__}, which cannot be cut"
         for name, module in self._module.named_modules():
-            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            if uses_batch(module) and not (self._defers and can_defer(module)):
                 return f"{name or 'it'} ({type(module).__name__}) uses the mean and variance of the whole batch"
             if module is not self._module and _has_hooks(module):
                 return f"{name} has hooks of user code, which would see parts of a batch"
@@ -221,7 +224,8 @@ class Trial:
         versions = [version_of(tensor) for tensor in tensors]
         watch = self._watch
         reads = _Reads()
-        with reads:
+        norms = [module for module in self._module.modules() if uses_batch(module)]
+        with reads, Deferred(norms).untouched():
             whole = self._call(given, tensors)
         watch.end()
         if reads.name:
@@ -231,9 +235,11 @@ class Trial:
         if watch.changer is not None:
             return Verdict(None, f"{watch.changer} changes its input in place")
         reason = "none of its inputs is a batch"
-        with _evaluating(self._module, needed=watch.any):
-            if watch.any:
-                whole = self._call(given, tensors)  # without dropout: other masks are no sign of a coupling
+        # Without dropout and without statistics of the batch: that they differ is no sign of another coupling.
+        quiet = list(self._module.modules()) if watch.any else norms
+        with _evaluating(quiet):
+            if quiet:
+                whole = self._call(given, tensors)
             for cut in candidates(tensors):
                 rows = cut.rows(tensors) or 0
                 if rows < 2:
@@ -314,9 +320,9 @@ def _methods_refused(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module, *, needed: bool) -> Iterator[None]:
-    """Within the block, every module is in evaluation mode; by its flag, so that no `train` of user code runs."""
-    modes = [(part, part.training) for part in module.modules()] if needed else []
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block, the modules are in evaluation mode; by their flag, so that no `train` of user code runs."""
+    modes = [(part, part.training) for part in modules]
     try:
         for part, _ in modes:
             _set_mode(part, False)

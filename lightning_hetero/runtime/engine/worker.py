@@ -149,6 +149,7 @@ class Worker(threading.Thread):
         while (task := self._next()) is not None:
             op, unit = task.label
             self.busy_with = (op, unit, task.lane)
+            frames.begin_micro_batch(task.lane)
             start_s = perf_counter() if self._records is not None else 0.0
             result: Any = None
             error: BaseException | None = None
