@@ -29,6 +29,9 @@ class ModelParallelConfig:
             way to LibTorch.
         memory: Memory limits by device, such as {"cuda:1": "10GiB"} or {1: "10GiB"}.
         no_split: Names or classes of modules that have to stay whole.
+        micro_batches: How many parts a batch is cut into, so that the devices work on different parts at the same
+            time, wherever that changes nothing; 1 does not cut. Together with `torchscript` some parameters on an
+            accelerator may be new objects after `close`; a warning then names them.
         optimizer_factor: Bytes of optimizer state for each byte of parameter, for the check of memory; Adam has 2.
     """
 
@@ -38,5 +41,6 @@ class ModelParallelConfig:
     placement: str | Mapping[str, int | str | torch.device] | PlacementPolicy = "even"
     torchscript: bool = False
     memory: Mapping[int | str | torch.device, int | str] | None = None
-    no_split: Sequence[str] = ()
+    no_split: str | Sequence[str] = ()
+    micro_batches: int = 1
     optimizer_factor: float = 2.0

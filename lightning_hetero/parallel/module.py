@@ -23,7 +23,7 @@ from lightning_hetero.plan import Plan, check_plan
 from lightning_hetero.runtime.hooks import Hook
 from lightning_hetero.runtime.layout import Layout
 from lightning_hetero.runtime.modes import activate, deactivate
-from lightning_hetero.runtime.placed import PlacedModel
+from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.runtime.relocate import Replaced
 from lightning_hetero.runtime.transfer import move
 
@@ -43,7 +43,7 @@ class ModelParallel(nn.Module):
         PlacementError: The placement cannot be obeyed.
         InfeasiblePlanError: The model does not fit.
         UnsupportedError: TorchScript cannot compile a part, or has compiled the whole model already.
-        UsageError: The model is no module, or is placed already.
+        UsageError: The model is no module, or is placed already; or `micro_batches` is no number from 1 on.
 
     Example:
         >>> from torch import nn
@@ -60,7 +60,9 @@ class ModelParallel(nn.Module):
         self.plan: Plan = _plan(config)
         self.module = config.model
         self._before_script: Layout | None = None
-        self._placed: PlacedModel | None = PlacedModel(config.model, self.plan)
+        self._placed: PlacedModel | None = PlacedModel(
+            config.model, self.plan, Pipelining(micro_batches=config.micro_batches)
+        )
         try:
             self._placed.place(before_hooks=self._compile if config.torchscript else None)
         except BaseException:
@@ -141,7 +143,7 @@ def _plan(config: ModelParallelConfig) -> Plan:
     kind = kind_of(config.backend)
     memory = None if config.memory is None else {name_of(key, kind): size for key, size in config.memory.items()}
     inventory = resolve_devices(requested(config.device_ids, kind), memory=memory)
-    graph = find_units(config.model, [config.no_split] if isinstance(config.no_split, str) else config.no_split)
+    graph = find_units(config.model, config.no_split)
     problem = Problem(graph=graph, inventory=inventory, optimizer_factor=config.optimizer_factor)
     plan = make_plan(_policy(config.placement, kind), problem)
     check_plan(plan, graph)
@@ -171,6 +173,9 @@ def _check_model(config: object) -> None:
     if not isinstance(model, nn.Module):
         advice = "Make an instance of it first." if isinstance(model, type) else "Wrap it in one."
         raise UsageError(f"the model is {model!r}, which is no instance of torch.nn.Module. {advice}")
+    parts: object = config.micro_batches
+    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+        raise UsageError(f"micro_batches={parts!r} must be a whole number from 1 on: the number of parts of a batch")
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedError(
             "the model is a TorchScript module, which runs as a whole: its parts cannot stand on several devices. Give "

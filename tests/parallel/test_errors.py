@@ -79,6 +79,7 @@ def wraps(model: Any) -> str:
         ),
         ({"placement": {"": 5}}, PlacementError, r"device map, entry '': unknown device 'dev:5'"),
         ({"placement": {"": -1}}, InventoryError, r"device -1 does not exist"),
+        ({"micro_batches": 0}, UsageError, r"micro_batches=0 must be a whole number from 1 on"),
         ({"no_split": "Nowhere"}, PlacementError, r"no_split='Nowhere' is neither the name nor the class of a module"),
     ],
     ids=repr,

@@ -49,6 +49,18 @@ def train(model: nn.Module, name: str = "mlp", optimizer: torch.optim.Optimizer 
     return losses
 
 
+@pytest.mark.filterwarnings("ignore:.*torch did not let these parameters move:UserWarning")  # scripted, from "dev"
+@pytest.mark.parametrize("torchscript", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_micro_batches_change_the_order_of_sums_only(place: str, torchscript: bool, spread: Any) -> None:
+    for name in SCRIPTABLE:
+        alone, apart = fresh(name), fresh(name)
+        model = spread(apart, **PLACES[place], micro_batches=4, torchscript=torchscript)
+        assert train(model, name) == pytest.approx(train(alone, name), abs=1e-9)
+        model.close()
+        assert difference(apart, alone) <= 1e-9
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", MODELS)
 def test_ten_steps_of_adam_give_the_parameters_of_the_unplaced_model(name: str, place: str, spread: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 CONTAINERS = (list, dict, set, deque)
@@ -51,11 +52,14 @@ class Snapshot:
         change: str | None = None
         for (name, module), buffers, attributes in zip(self._modules, self._buffers, self._attributes, strict=True):
             where = name or type(module).__name__
+            scripted = isinstance(module, torch.jit.ScriptModule)  # its buffers are in C++: new objects at every look
+            held = dict(module._buffers.items())
             for key, buffer, value in buffers:
-                now = module._buffers.get(key)
+                now = buffer if scripted else held.get(key)
                 if now is not buffer or (buffer is not None and not _equal(buffer, value)):
                     change = f"changes the buffer {key!r} of {where}"
-                    module._buffers[key] = buffer
+                    if not scripted:
+                        module._buffers[key] = buffer
                     if buffer is not None and value is not None:
                         buffer.copy_(value)
             for key in [key for key in module.__dict__ if key not in _IGNORED and key not in attributes]:
