@@ -96,7 +96,7 @@ def _patched_classes() -> Things:
         f"{cls.__name__}.{name}": as_imported[name] if _is_dynamos(value) else value
         for cls, as_imported in TORCH_CLASSES.items()
         for name, value in vars(cls).items()
-        if backend not in name and name not in MARKS_ON_CLASSES
+        if backend not in name.split("_") and name not in MARKS_ON_CLASSES
     }
 
 

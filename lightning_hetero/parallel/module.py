@@ -20,6 +20,7 @@ from lightning_hetero.parallel.device_ids import kind_of, name_of, requested
 from lightning_hetero.parallel.scripted import compile_parts, put_back
 from lightning_hetero.placement import ManualPolicy, PlacementPolicy, Problem, get_policy, make_plan
 from lightning_hetero.plan import Plan, check_plan
+from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.hooks import Hook
 from lightning_hetero.runtime.layout import Layout
 from lightning_hetero.runtime.modes import activate, deactivate
@@ -86,13 +87,14 @@ class ModelParallel(nn.Module):
         if self._placed is None:
             raise UsageError("this ModelParallel is closed; its module runs by itself again: use `.module`")
         args, kwargs = move((args, kwargs), self.output_device)
-        if self._reconciler is None:
-            return self.module(*args, **kwargs)
-        activate(self._reconciler)
-        try:
-            return move(self.module(*args, **kwargs), self.output_device)
-        finally:
-            deactivate(self._reconciler)
+        with frames.balanced():
+            if self._reconciler is None:
+                return self.module(*args, **kwargs)
+            activate(self._reconciler)
+            try:
+                return move(self.module(*args, **kwargs), self.output_device)
+            finally:
+                deactivate(self._reconciler)
 
     def close(self) -> nn.Module:
         """Gather the module on the CPU and take everything back that was done to it; a second call does nothing.

@@ -73,6 +73,19 @@ def cut_to(depth: int) -> None:
 
 
 @contextmanager
+def balanced() -> Iterator[None]:
+    """Leave, at the end of the block, every module that was entered in it.
+
+    Hooks after a module do not run for exceptions such as KeyboardInterrupt, so a module may be left without a word.
+    """
+    before = depth()
+    try:
+        yield
+    finally:
+        cut_to(before)
+
+
+@contextmanager
 def random_numbers_arranged() -> Iterator[None]:
     """Within the block somebody else sees to it that random numbers are repeated where they have to be."""
     before, _LOCAL.arranged = _LOCAL.arranged, True

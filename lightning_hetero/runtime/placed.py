@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_hetero.plan.plan import Plan
+from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.borders import EnterBlock, EnterSplit, LeaveBlock, LeaveSplit
 from lightning_hetero.runtime.emulate import METER, EnterEmulated, LeaveEmulated, Pace, paces
 from lightning_hetero.runtime.engine.engine import Engine
@@ -136,6 +137,7 @@ class PlacedModel:
         if engine is not None:
             engine.close()
         release(self.module)
+        frames.cut_to(0)
         METER.rest()
         if device is None:
             return []

@@ -19,6 +19,7 @@ from lightning_hetero.devices import Inventory
 from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.placement import PlacementPolicy
 from lightning_hetero.plan import Plan
+from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.stepper import Stepper
 from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
@@ -340,7 +341,7 @@ class HeteroStrategyCore(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step."""
-        with readable_out_of_memory():
+        with readable_out_of_memory(), frames.balanced():
             if self._stepper is None or kwargs:
                 return super().training_step(*args, **kwargs)
             with self.precision_plugin.train_step_context():
@@ -359,12 +360,12 @@ class HeteroStrategyCore(_Base):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step."""
-        with readable_out_of_memory():
+        with readable_out_of_memory(), frames.balanced():
             return super().validation_step(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         """Backward over all devices."""
-        with readable_out_of_memory():
+        with readable_out_of_memory(), frames.balanced():
             return super().backward(*args, **kwargs)
 
     # Checkpoints

@@ -4,85 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from lightning_hetero.errors import UsageError
+from lightning_hetero.testing.backend import NAME, Backend, DeviceStats
 
 if TYPE_CHECKING:
     import torch
 
-NAME = "dev"
 COUNT_VARIABLE = "LIGHTNING_HETERO_EMULATED_DEVICES"
 
 Kind = Literal["cpp", "python"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceStats:
-    """What an emulated device has done since its last reset.
-
-    Attributes:
-        used_bytes: Memory of the tensors that live on it now.
-        peak_bytes: The most that was in use at once. Scratch memory inside a kernel is not seen.
-        h2d_bytes: Received from the host.
-        d2h_bytes: Sent to the host, `.item()` included.
-        d2d_bytes: Sent to other emulated devices.
-        ops: Kernels that ran here; views and allocations are none.
-        ooms: Allocations that were refused.
-        allocations: Allocations of more than 0 bytes.
-    """
-
-    used_bytes: int
-    peak_bytes: int
-    h2d_bytes: int
-    d2h_bytes: int
-    d2d_bytes: int
-    ops: int
-    ooms: int
-    allocations: int
-
-
-class Backend(Protocol):
-    """What a backend does for the face. The index of a device is its first argument everywhere."""
-
-    def device_count(self) -> int:
-        """How many devices there are."""
-
-    def current_device(self) -> int:
-        """The device that this thread uses where none is named."""
-
-    def set_device(self, index: int, /) -> None:
-        """Change the current device of this thread."""
-
-    def configure(
-        self,
-        index: int,
-        cap_bytes: int,
-        slowdown: float,
-        launch_s: float,
-        bandwidth_bytes_per_s: float,
-        latency_s: float,
-        missing_dtypes: list[torch.dtype],
-        /,
-    ) -> None:
-        """Replace all limits; a cap of -1 bytes and a bandwidth of 0 stand for "no limit"."""
-
-    def stats(self, index: int, /) -> dict[str, int]:
-        """The fields of `DeviceStats`."""
-
-    def reset_counters(self, index: int, /) -> None:
-        """Set the counters to zero; the peak starts from the memory in use."""
-
-    def reset_peak(self, index: int, /) -> None:
-        """Let the peak start from the memory in use."""
-
-    def total_bytes(self, index: int, /) -> int:
-        """The cap, or else the memory of the host."""
-
-    def generator(self, index: int, /) -> torch.Generator:
-        """The source of the device's random numbers."""
 
 
 class EmulatedAccelerator:
@@ -190,36 +124,31 @@ def install_accelerator(kind: Literal["auto", "cpp", "python"] = "auto") -> Emul
     """Add the emulated accelerator to this process, for as long as it lives.
 
     The environment variable LIGHTNING_HETERO_EMULATED_DEVICES says how many devices there are (2 if it is
-    unset). It is read at the first call; later calls return the same object.
+    unset). It is read at the first call; later calls return the same object. Call it before the first
+    backward pass on another accelerator, such as CUDA, because autograd counts the devices then.
 
     Args:
         kind: "cpp" compiles a backend at the first use on a machine (about a minute) and then loads it from
-            the user's cache; "python" needs no compiler, is slower and knows less (see `python_backend`);
-            "auto" is "cpp" where that is possible and else "python".
+            the user's cache, see `cpp_build`. "python" needs no compiler, is slower and knows less, see
+            `python_backend`. "auto" is "cpp" where that is possible and else "python": without a word where
+            there is no compiler, with a RuntimeWarning where there is one and it fails.
 
     Raises:
-        UsageError: The other kind, or another package's device type, is already installed; or there is no
-            compiler for "cpp".
+        UsageError: The other kind, or another package's device type, is already installed; or the machine
+            cannot build "cpp"; or its torch cannot do "python".
         ValueError: `kind` or the number of devices makes no sense.
     """
     global _installed
     if kind not in ("auto", "cpp", "python"):
         raise ValueError(f"kind must be 'auto', 'cpp' or 'python', got {kind!r}")
     if _installed is None:
-        chosen = _choose() if kind == "auto" else kind
-        _installed = EmulatedAccelerator(chosen, _install_backend(chosen, _device_count()))
+        _installed = _install(kind, _device_count())
     elif kind not in ("auto", _installed.kind):
         raise UsageError(
             f"the emulated accelerator of this process is of kind {_installed.kind!r} already, and torch knows "
             f"one extra device type per process. Ask for kind={kind!r} in a new process."
         )
     return _installed
-
-
-def _choose() -> Kind:
-    from lightning_hetero.testing import cpp_build
-
-    return "cpp" if cpp_build.is_built() or cpp_build.what_is_missing() is None else "python"
 
 
 def _device_count() -> int:
@@ -229,11 +158,15 @@ def _device_count() -> int:
     return int(text)
 
 
-def _install_backend(kind: Kind, count: int) -> Backend:
-    if kind == "cpp":
-        from lightning_hetero.testing import cpp_backend
+def _install(kind: Literal["auto", "cpp", "python"], count: int) -> EmulatedAccelerator:
+    # Imported here, so that a test module which names the accelerator for its type only does not import torch.
+    from lightning_hetero.testing import cpp_backend, cpp_build, python_backend
 
-        return cpp_backend.install(count)
-    from lightning_hetero.testing import python_backend
-
-    return python_backend.install(count)
+    if kind == "cpp" or (kind == "auto" and (cpp_build.is_built() or cpp_build.what_is_missing() is None)):
+        try:
+            return EmulatedAccelerator("cpp", cpp_backend.install(count))
+        except cpp_build.BuildError as error:
+            if kind == "cpp":
+                raise
+            warnings.warn(f"The Python backend of the emulated accelerator is used: {error}", RuntimeWarning, 3)
+    return EmulatedAccelerator("python", python_backend.install(count))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import cast
 
 from lightning_hetero.testing import cpp_build, recurrent
-from lightning_hetero.testing.accelerator import NAME, Backend
+from lightning_hetero.testing.backend import NAME, Backend
 from lightning_hetero.testing.device_module import DeviceModule, check_device_type_is_free, register
 
 
@@ -16,11 +17,13 @@ def install(count: int) -> Backend:
         count: Number of devices, 1 to 64.
 
     Raises:
-        UsageError: Another device type is registered, or the backend cannot be built here.
+        UsageError: Another device type is registered.
+        BuildError: The backend cannot be built here.
     """
     check_device_type_is_free(NAME)
     extension = cpp_build.load()
     register(NAME, DeviceModule(NAME, cast(Backend, extension)))
     extension.initialize(count)
+    atexit.register(extension.let_go_of_graphs)
     recurrent.register()
     return cast(Backend, extension)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ CACHE_VARIABLE = "LIGHTNING_HETERO_CACHE_DIR"
 MODULE = "lightning_hetero_emulated_accelerator"
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-O1", "-g0"]
+ADVICE = "take the backend that needs no compiler: install_accelerator('python')."
 
 # Run in a Python of its own: torch loads what it has built, and this process must load the finished file only.
 _BUILD = """
@@ -37,6 +39,10 @@ from torch.utils.cpp_extension import load
 name, source, folder, *flags = sys.argv[1:]
 load(name, [source], extra_cflags=flags, build_directory=folder)
 """
+
+
+class BuildError(UsageError):
+    """The C++ backend can be neither loaded nor built on this machine."""
 
 
 def cache_folder() -> Path:
@@ -61,7 +67,7 @@ def what_is_missing() -> str | None:
     if os.name != "posix":
         return "a POSIX system"
     compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
+    if shutil.which(shlex.split(compiler)[0]) is None:
         return f"a C++ compiler (there is no {compiler!r} on the PATH; the variable CXX can name another)"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "the headers of Python (Python.h; often in a package named python3-dev)"
@@ -81,14 +87,22 @@ def load() -> ModuleType:
     """The compiled backend, built first if the cache has none.
 
     Raises:
-        UsageError: It must be built, and the compiler or something else is missing, or it does not compile.
+        BuildError: It must be built, and the compiler or something else is missing, or the cache cannot be
+            written, or it does not compile; or what lies in the cache is damaged.
     """
     binary = _binary()
     if not binary.exists():
-        binary.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(binary.parent / "lock"):
-            if not binary.exists():  # another process may have built it while this one waited
-                _build(binary)
+        _check_nothing_is_missing()
+        try:
+            binary.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(binary.parent / "lock"):
+                if not binary.exists():  # another process may have built it while this one waited
+                    _build(binary)
+        except OSError as error:
+            raise BuildError(
+                f"the C++ backend of the emulated accelerator cannot be kept in its cache: {error}. Name another "
+                f"folder in the variable {CACHE_VARIABLE}, or {ADVICE}"
+            ) from error
     return _import(binary)
 
 
@@ -98,7 +112,7 @@ def _binary() -> Path:
 
 def _key() -> str:
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     abi = (torch.version.git_version, sysconfig.get_config_var("SOABI"), sysconfig.get_platform(), FLAGS)
     digest.update(repr(abi).encode())
@@ -114,13 +128,16 @@ def _lock(path: Path) -> Iterator[None]:
         yield  # closing the file gives the lock back
 
 
-def _build(binary: Path) -> None:
+def _check_nothing_is_missing() -> None:
     missing = what_is_missing()
     if missing is not None:
-        raise UsageError(
+        raise BuildError(
             f"the C++ backend of the emulated accelerator must be compiled, and this machine lacks {missing}. "
-            "Install it, or take the backend that needs no compiler: install_accelerator('python')."
+            f"Install it, or {ADVICE}"
         )
+
+
+def _build(binary: Path) -> None:
     for leftover in binary.parent.glob("build-*"):  # of a build that was killed: nobody else holds the lock
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=binary.parent) as folder:
@@ -139,17 +156,23 @@ def _compile(folder: Path) -> None:
         check=False,
     )
     if run.returncode != 0:
-        raise UsageError(
-            "the C++ backend of the emulated accelerator does not compile with torch "
-            f"{torch.__version__}. Take the backend that needs no compiler, install_accelerator('python'), or "
-            f"see what the compiler said:\n{run.stdout[-4000:]}"
+        raise BuildError(
+            f"the C++ backend of the emulated accelerator does not compile with torch {torch.__version__}. Install "
+            f"a compiler that works and name it in the variable CXX, or {ADVICE} This is what was said:\n"
+            f"{run.stdout[-4000:]}"
         )
 
 
 def _import(binary: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(MODULE, binary)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{binary} cannot be imported. Delete it, and it is built again.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    assert spec is not None  # the name ends in .so
+    assert spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise BuildError(
+            f"the C++ backend of the emulated accelerator does not load: {error}. Delete the folder {binary.parent}, "
+            f"and it is built again, or {ADVICE}"
+        ) from error
     return module

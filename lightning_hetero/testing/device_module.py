@@ -10,7 +10,7 @@ import torch
 from torch.utils import backend_registration
 
 from lightning_hetero.errors import UsageError
-from lightning_hetero.testing.accelerator import Backend
+from lightning_hetero.testing.backend import Backend
 
 Device = torch.device | str | int | None
 
@@ -36,6 +36,7 @@ class DeviceModule(ModuleType):
         self._name = name
         self._backend = backend
         self.device = _context_manager_of(self)
+        self._initialized = True  # asked by torch.utils.checkpoint, which else would not keep random states
 
     # ------------------------------------------------------------------------------------- devices
 
@@ -82,11 +83,11 @@ class DeviceModule(ModuleType):
 
     def memory_allocated(self, device: Device = None) -> int:
         """Bytes in use."""
-        return self._backend.stats(self._index(device))["used_bytes"]
+        return int(self._backend.stats(self._index(device))["used_bytes"])
 
     def max_memory_allocated(self, device: Device = None) -> int:
         """Most bytes in use at once since the last reset of the peak."""
-        return self._backend.stats(self._index(device))["peak_bytes"]
+        return int(self._backend.stats(self._index(device))["peak_bytes"])
 
     def memory_reserved(self, device: Device = None) -> int:
         """Bytes in use: nothing is cached."""

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from lightning_hetero.testing.accelerator import NAME
+from lightning_hetero.testing.backend import NAME
 from lightning_hetero.testing.python_fallback import on_device, overload
 
 _LOWER_PRECISION = (
     *("mm", "mv", "addmm", "addmv", "bmm", "baddbmm", "addbmm", "matmul", "linear", "prelu"),
     *("conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding"),
     *("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "scaled_dot_product_attention"),
+    *("lstm_cell", "gru_cell"),
 )
 _FULL_PRECISION = (
     *("exp", "expm1", "log", "log1p", "log2", "log10", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt"),

@@ -3,9 +3,10 @@
 It does less than the C++ backend, because torch's own support for backends in Python does:
 
 * It is slow, about 0.1 ms for each operator.
-* torch believes that there is one device. So autograd runs on the calling thread, and a backward pass over
-  `dev:1` in *another* thread needs `torch.autograd.set_multithreading_enabled(False)` there first.
-  `torch.accelerator.set_device_index` is ignored; `torch.dev.set_device` works.
+* torch believes that there is one device. So autograd runs on the thread that asks for a backward pass, and
+  that thread must have run an operator on a device before. `torch.accelerator.set_device_index` is ignored,
+  and `.to("dev")` without a number means `dev:0`; `torch.dev.set_device` and `torch.empty(device="dev")` work.
+* An exception in the hook of a tensor ends the process during a backward pass.
 * There is no pinned memory, no `torch.Generator(device="dev")`, no stream, no event and no memory statistics
   in `torch.accelerator`; those in `torch.dev` work. Random operators take a generator of the CPU.
 * `torch.UntypedStorage(device="dev")` crashes. `torch.load` and `copy.deepcopy` have a way around it.
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 
+from lightning_hetero.errors import UsageError
 from lightning_hetero.testing import python_autocast, recurrent
-from lightning_hetero.testing.accelerator import NAME, Backend
+from lightning_hetero.testing.backend import NAME, Backend
 from lightning_hetero.testing.device_module import DeviceModule, check_device_type_is_free
 from lightning_hetero.testing.python_device import PythonDevices
 from lightning_hetero.testing.python_fallback import on_device
@@ -37,9 +39,14 @@ def install(count: int) -> Backend:
         count: Number of devices, 1 to 64.
 
     Raises:
-        UsageError: Another device type is registered.
+        UsageError: Another device type is registered, or this torch does not support backends in Python.
     """
     check_device_type_is_free(NAME)
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        raise UsageError(
+            f"torch {torch.__version__} has no support for backends written in Python. Install a newer torch, or a C++ "
+            "compiler and take install_accelerator('cpp')."
+        )
     devices = PythonDevices(count)
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=DeviceModule(NAME, devices))
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
@@ -48,7 +55,6 @@ def install(count: int) -> Backend:
     _libraries.extend((everything, aten))
     recurrent.register()
     _make_storages_work(devices)
-    torch.autograd.set_multithreading_enabled(False)
     return devices
 
 

@@ -1,4 +1,4 @@
-"""The operators of the Python backend that need more than the fallback: allocation, copies, views, attention."""
+"""The operators of the Python backend that need more than the fallback: allocation, copies, views, dropout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hetero.testing.backend import NAME
+from lightning_hetero.testing.python_attention import attention
 from lightning_hetero.testing.python_device import PythonDevices, perf_counter
 from lightning_hetero.testing.python_fallback import (
     CPU_KEYS,
@@ -34,16 +36,18 @@ _SHAPE_KERNELS = (
     "set_.source_Storage_storage_offset",
     "set_.source_Tensor",
 )
-# torch has a generic version of these, whose rounding differs from that of the host's kernel.
-_HOST_KERNELS = (
-    "convolution",
-    "convolution_backward",
-    "native_layer_norm",
-    "native_group_norm",
-    "silu_backward",
-    "mish_backward",
-    "addr",
-)
+
+
+def _names_of_host_kernels() -> list[str]:
+    """Operators for which torch has a kernel for the host and a generic one, which may round or lay out differently."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    generic = ("CompositeExplicitAutogradNonFunctional", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    names = [
+        name.removeprefix("aten::")
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+        if name.startswith("aten::") and any(has(name, key) for key in generic)
+    ]
+    return ["convolution", "convolution_backward", *names]  # generic for the host too, but they look at the device
 
 
 class Kernels:
@@ -63,20 +67,22 @@ class Kernels:
         own: dict[str, Callable[..., Any]] = {
             "empty.memory_format": self.empty,
             "empty_strided": self.empty_strided,
+            "_efficientzerotensor": self.efficient_zero_tensor,
             "resize_": self.resize_,
             "_to_copy": self.to_copy,
             "_copy_from": self.copy_from,
             "_local_scalar_dense": self.local_scalar_dense,
             "native_dropout": self.native_dropout,
+            "record_stream": lambda tensor, stream: None,  # kernels end before their calls return
             **{name: _shape_kernel(overload(name)) for name in _SHAPE_KERNELS},
-            **{name: self._host_kernel(overload(name)) for name in _HOST_KERNELS},
+            **{name: self._host_kernel(overload(name)) for name in _names_of_host_kernels()},
         }
         for name, kernel in own.items():
             aten.impl(name, kernel, "PrivateUse1")
         for key in ("Conjugate", "Negative"):  # else torch would ask for a copy before the copy, for ever
             aten.impl("_copy_from", torch.library.fallthrough_kernel, key)
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
-            aten.impl("scaled_dot_product_attention", _attention, key)
+            aten.impl("scaled_dot_product_attention", attention, key)
 
     def fallback(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Run any operator."""
@@ -110,6 +116,10 @@ class Kernels:
         host = torch.empty_strided(size, stride, dtype=dtype, device="cpu")
         return to_device(self._devices, self._index(device), host)
 
+    def efficient_zero_tensor(self, size: Sequence[int], **options: Any) -> Tensor:
+        """A tensor without memory that stands for zeros; autograd makes them. Here they are ordinary zeros."""
+        return torch.zeros(size, **options)
+
     def resize_(self, tensor: Tensor, size: Sequence[int], *, memory_format: Any = None) -> Tensor:
         """`aten::resize_`; what fits of the old contents is kept."""
         old, old_numel, numel = tensor.untyped_storage(), tensor.numel(), math.prod(size)
@@ -136,8 +146,13 @@ class Kernels:
         non_blocking: bool = False,
         memory_format: torch.memory_format | None = None,
     ) -> Tensor:
-        """`aten::_to_copy` without torch's detour through pinned memory, which this backend lacks."""
+        """The kernel behind `.to`, without torch's detour through pinned memory, which this backend lacks.
+
+        Device types that know nothing of this memory, such as `lazy`, get a copy on the host.
+        """
         memory_format = memory_format or torch.preserve_format
+        if device is not None and device.type not in (NAME, "cpu", "meta"):
+            return tensor.cpu().to(device, dtype, memory_format=memory_format)
         copy = torch.empty_like(tensor, dtype=dtype, device=device, memory_format=memory_format)
         return copy.copy_(tensor)
 
@@ -181,36 +196,3 @@ class Kernels:
 
 def _shape_kernel(op: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: op.redispatch(CPU_KEYS, *args, **kwargs)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`aten::scaled_dot_product_attention` with the algorithm that the host would choose."""
-
-    def twin(tensor: Tensor) -> Tensor:
-        return to_host(tensor).requires_grad_(tensor.requires_grad)
-
-    if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
-    mask = None if attn_mask is None else twin(attn_mask)
-    choice = torch._fused_sdp_choice(
-        twin(query), twin(key), twin(value), mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    if choice == int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value):
-        flash = _aten._scaled_dot_product_flash_attention_for_cpu.default
-        attended: Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-        return attended
-    maths = _aten._scaled_dot_product_attention_math.default
-    result: Tensor = maths(
-        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return result

@@ -32,6 +32,9 @@ _address_of.restype, _address_of.argtypes = ctypes.c_void_p, [ctypes.py_object, 
 
 
 def _retag(tensor: Tensor, device_type: int, index: int) -> Tensor:
+    # torch starts an autograd thread for one device only, so backward passes must stay on the thread that asks
+    # for them. That is a setting of each thread, and no thread gets at a device tensor without coming by here.
+    torch._C._set_multithreading_enabled(False)
     capsule = torch._C._to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
     managed = ctypes.cast(_address_of(capsule, b"dltensor"), ctypes.POINTER(_Managed)).contents
     managed.device_type, managed.device_index = device_type, index

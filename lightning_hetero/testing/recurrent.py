@@ -138,6 +138,14 @@ def _stack(
     return inputs, final
 
 
+def _as_autocast_wants(parts: Hidden) -> Hidden:
+    """The hidden state in the precision of the gates, so that outputs have it too, as those of fused layers."""
+    kind = parts[0].device.type
+    return (
+        tuple(part.to(torch.get_autocast_dtype(kind)) for part in parts) if torch.is_autocast_enabled(kind) else parts
+    )
+
+
 def _kernel(cell: Cell, packed: bool) -> Callable[..., tuple[Tensor, ...]]:
     """The operator `aten::<name>.data` (packed) or `aten::<name>.input` for a cell."""
 
@@ -152,7 +160,7 @@ def _kernel(cell: Cell, packed: bool) -> Callable[..., tuple[Tensor, ...]]:
         train: bool,
         bidirectional: bool,
     ) -> tuple[Tensor, ...]:
-        parts = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        parts = _as_autocast_wants((hx,) if isinstance(hx, Tensor) else tuple(hx))
         start = list(zip(*(part.unbind(0) for part in parts), strict=True))
         dropout = dropout if train else 0.0
         outputs, final = _stack(cell, inputs, batch_sizes, start, weights, has_biases, dropout, bidirectional)
@@ -184,7 +192,7 @@ def _one_step(cell: Cell) -> Callable[..., Hidden | Tensor]:
     ) -> Hidden | Tensor:
         flat = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
         weights = Weights(flat, has_biases=len(flat) == 4)
-        hidden = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        hidden: Hidden = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         after = cell(F.linear(inputs, weights.ih, weights.b_ih), hidden, weights)
         return after[0] if isinstance(hx, Tensor) else after
 

@@ -194,3 +194,23 @@ def test_activation_checkpointing_over_devices_repeats_their_dropout(
     kept = (y != 0).sum(0).cpu()
     assert torch.equal(model.second[0].bias.grad.cpu(), 2.0 * kept)
     assert 0 < int(kept.sum()) < y.numel()
+
+
+def test_an_interrupt_inside_leaves_no_frame_behind(place: Any, accelerator: EmulatedAccelerator) -> None:
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(2, 2), Interrupted())
+    placed = place(model, {"0": "cpu", "1": accelerator.devices[0]})
+    with pytest.raises(KeyboardInterrupt), frames.balanced():
+        model(torch.randn(3, 2))
+    assert frames.top() is None
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(3, 2))
+    placed.release(torch.device("cpu"))
+    assert frames.top() is None

@@ -3,6 +3,7 @@
 #include "device.h" // limits, counters, costs
 #include "memory.h" // allocators
 #include "runtime.h" // guard, streams, generators, hooks
+#include "autograd.h" // threads
 #include "fallback.h" // any operator, on the host's kernel
 #include "kernels.h" // the operators that need more
 
@@ -26,10 +27,13 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", emulated::empty);
   m.impl("empty_strided", emulated::empty_strided);
+  m.impl("_efficientzerotensor", emulated::efficient_zero_tensor);
+  m.impl("_to_copy", emulated::to_copy);
   m.impl("_copy_from", emulated::copy_from);
   m.impl("_copy_from_and_resize", emulated::copy_from_and_resize);
   m.impl("_local_scalar_dense", emulated::local_scalar_dense);
   m.impl("native_dropout", emulated::native_dropout);
+  m.impl("record_stream", emulated::record_stream);
 
   for (const char* name :
        {"view",
@@ -46,19 +50,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&emulated::run_shape_kernel>());
   }
 
-  // torch has a generic version of these, which a device without its own would get and whose rounding
-  // differs from that of the host's kernel.
-  for (const char* name :
-       {"convolution",
-        "convolution_backward",
-        "native_layer_norm",
-        "native_group_norm",
-        "silu_backward",
-        "mish_backward",
-        "addr",
-        "addr.out"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&emulated::run_on_host>());
-  }
+  emulated::prefer_host_kernels(m);
 }
 
 // A copy of a lazily conjugated or negated tensor is what makes it an ordinary one, so the copy must see it
@@ -112,6 +104,19 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 
 // ------------------------------------------------------------------------------------ face to Python
 
+// Makes the devices and registers them with torch. To be called once.
+void initialize(int count) {
+  TORCH_CHECK(emulated::device_count() == 0, "the emulated devices exist already");
+  TORCH_CHECK(count >= 1 && count <= 64, "the number of emulated devices must be 1 to 64, got ", count);
+  for (int index = 0; index < count; index++) {
+    auto device = std::make_unique<emulated::EmulatedDevice>(static_cast<c10::DeviceIndex>(index));
+    device->generator = at::make_generator<emulated::Generator>(device->device().index(), device->host_generator);
+    emulated::all_devices().push_back(std::move(device));
+  }
+  at::RegisterPrivateUse1HooksInterface(new emulated::Hooks());
+  emulated::AutogradThreads::start_if_late();
+}
+
 emulated::EmulatedDevice& device_of(int index) {
   return emulated::device_at(static_cast<c10::DeviceIndex>(index));
 }
@@ -142,6 +147,7 @@ py::dict stats(int index) {
   result["ops"] = counters.ops;
   result["ooms"] = counters.ooms;
   result["allocations"] = counters.allocations;
+  result["waited_s"] = counters.waited_s;
   return result;
 }
 
@@ -149,7 +155,7 @@ py::dict stats(int index) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "An emulated accelerator; see lightning_hetero.testing.";
-  m.def("initialize", &emulated::initialize, py::arg("count"));
+  m.def("initialize", &initialize, py::arg("count"));
   m.def("device_count", [] { return static_cast<int>(emulated::device_count()); });
   m.def("current_device", [] { return static_cast<int>(emulated::current_index()); });
   m.def("set_device", [](int index) {
@@ -161,4 +167,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("reset_peak", [](int index) { device_of(index).reset_peak(); });
   m.def("total_bytes", [](int index) { return device_of(index).total_bytes(); });
   m.def("generator", [](int index) { return device_of(index).generator; });
+  m.def("let_go_of_graphs", &emulated::AutogradThreads::let_go_of_graphs, py::call_guard<py::gil_scoped_release>());
 }

@@ -54,6 +54,7 @@ struct Counters {
   int64_t d2h_bytes = 0; // sent to the host
   int64_t d2d_bytes = 0; // sent to another emulated device
   int64_t ops = 0; // kernels that ran; views and allocations are none
+  double waited_s = 0; // sum of all waits
 };
 
 enum class Route { host_to_device, device_to_host, device_to_device };
@@ -105,6 +106,7 @@ class EmulatedDevice {
       std::lock_guard<std::mutex> lock(mutex_);
       counters_.ops++;
       wait_s = host_s * (limits_.slowdown - 1) + limits_.launch_s;
+      counters_.waited_s += wait_s;
     }
     sleep_seconds(wait_s);
   }
@@ -126,10 +128,14 @@ class EmulatedDevice {
 
   // Waits for as long as the device's link needs for `bytes`.
   void occupy_link(int64_t bytes) {
-    const Limits link = limits();
-    const double transfer_s =
-        link.bandwidth_bytes_per_s > 0 ? static_cast<double>(bytes) / link.bandwidth_bytes_per_s : 0.0;
-    sleep_seconds(transfer_s + link.latency_s);
+    double wait_s = 0;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const double rate = limits_.bandwidth_bytes_per_s;
+      wait_s = limits_.latency_s + (rate > 0 ? static_cast<double>(bytes) / rate : 0.0);
+      counters_.waited_s += wait_s;
+    }
+    sleep_seconds(wait_s);
   }
 
   void check_dtype(c10::ScalarType dtype) {
@@ -176,7 +182,7 @@ class EmulatedDevice {
 
   // Random numbers come from a host generator, so that equal seeds give the numbers of the host.
   const at::Generator host_generator = at::detail::createCPUGenerator();
-  at::Generator generator; // what torch sees; made by hooks.h
+  at::Generator generator; // what torch sees; made by initialize()
 
  private:
   const c10::Device device_;

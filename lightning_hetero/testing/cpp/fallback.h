@@ -151,10 +151,16 @@ class HostCall {
       return tensor;
     }
     TORCH_CHECK(tensor.device() == device_->device(), mismatch(tensor, argument));
-    c10::Storage host_storage = shared_host_storage(tensor.storage());
-    Tensor host = tensor_on(std::move(host_storage), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor);
-    twins_.push_back({tensor, host, written});
-    return host;
+    // An argument that is given twice is one tensor on the host too: kernels ask for that to take shortcuts.
+    const auto [place, is_new] = index_of_twins_.try_emplace(tensor.unsafeGetTensorImpl(), twins_.size());
+    if (is_new) {
+      c10::Storage host_storage = shared_host_storage(tensor.storage());
+      Tensor host = tensor_on(std::move(host_storage), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor);
+      twins_.push_back({tensor, std::move(host), written});
+    }
+    Twins& twins = twins_[place->second];
+    twins.written |= written;
+    return twins.host;
   }
 
   // The rules of CUDA: numbers may be read from the host, and so may index tensors.
@@ -261,6 +267,7 @@ class HostCall {
   torch::jit::Stack& stack_;
   EmulatedDevice* device_;
   std::vector<Twins> twins_;
+  std::unordered_map<c10::TensorImpl*, size_t> index_of_twins_;
   std::vector<SharedStorage> storages_;
   std::unordered_map<c10::StorageImpl*, size_t> index_of_storage_; // of device and host storages alike
 };

@@ -5,6 +5,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/transformers/attention.h>
+#include <ATen/ops/_to_copy_native.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <tuple>
@@ -37,6 +38,17 @@ inline Tensor empty_strided(
   const at::ScalarType scalar_type = c10::dtype_or_default(dtype);
   device_at(current_index()).check_dtype(scalar_type);
   return at::detail::empty_strided_generic(sizes, strides, device_allocator(), kKeySet, scalar_type);
+}
+
+// A tensor without memory that stands for zeros; autograd makes them. Here they are ordinary zeros.
+inline Tensor efficient_zero_tensor(
+    at::IntArrayRef sizes,
+    std::optional<at::ScalarType> dtype,
+    std::optional<at::Layout> layout,
+    std::optional<at::Device> device,
+    std::optional<bool> pin_memory) {
+  const HostKernels below_autograd;
+  return at::zeros(sizes, dtype, layout, device, pin_memory);
 }
 
 // -------------------------------------------------------------------------------------------- copies
@@ -75,17 +87,25 @@ inline Tensor copy_from(const Tensor& source, const Tensor& target, bool /*non_b
     return target;
   }
   cross_link(source, target);
-  // A third kind of device knows nothing of this memory: it gets, and gives, a copy on the host.
-  if (!on_device(source) && !source.is_cpu()) {
-    copy_in_host_memory(source.cpu(), target);
-  } else if (!on_device(target) && !target.is_cpu()) {
-    Tensor staged = at::empty_like(source, source.options().device(at::kCPU));
-    copy_in_host_memory(source, staged);
-    target.copy_(staged);
-  } else {
-    copy_in_host_memory(source, target);
-  }
+  copy_in_host_memory(source, target);
   return target;
+}
+
+// The kernel behind `.to`. Device types that know nothing of this memory, such as `lazy`, get a copy on the
+// host, because torch reads the memory of the source itself before any kernel could help.
+inline Tensor to_copy(
+    const Tensor& source,
+    std::optional<at::ScalarType> dtype,
+    std::optional<at::Layout> layout,
+    std::optional<at::Device> device,
+    std::optional<bool> pin_memory,
+    bool non_blocking,
+    std::optional<at::MemoryFormat> memory_format) {
+  const c10::DeviceType to = device.value_or(source.device()).type();
+  if (to == kDeviceType || to == c10::kCPU || to == c10::kMeta) {
+    return at::native::_to_copy(source, dtype, layout, device, pin_memory, non_blocking, memory_format);
+  }
+  return at::_to_copy(source.cpu(), dtype, layout, device, pin_memory, non_blocking, memory_format);
 }
 
 inline Tensor copy_from_and_resize(const Tensor& source, const Tensor& target) {
@@ -102,6 +122,9 @@ inline at::Scalar local_scalar_dense(const Tensor& self) {
   const HostKernels below_autograd;
   return host_twin(self).item();
 }
+
+// Says that a stream uses the tensor. Kernels end before their calls return, so its memory is safe anyway.
+inline void record_stream(Tensor&, c10::Stream) {}
 
 // --------------------------------------------------------------------------------------------- views
 
@@ -145,6 +168,29 @@ inline int64_t choose_attention(
   }
   return at::_fused_sdp_choice(
       twin_of(query), twin_of(key), twin_of(value), mask, dropout_p, is_causal, scale, enable_gqa);
+}
+
+// ------------------------------------------------------------------------------------ the host's way
+
+// Where torch has both a kernel for the host and a generic one for devices without their own, the generic
+// one may round differently or lay the result out differently. These operators take the host's kernel.
+inline void prefer_host_kernels(torch::Library& aten) {
+  using c10::DispatchKey;
+  // `convolution` is generic for the host as well, but chooses a library by the device.
+  std::vector<std::string> names = {"convolution", "convolution_backward"};
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const c10::OperatorName& name : dispatcher.getAllOpNamesForDispatchKey(DispatchKey::CPU)) {
+    const auto op = dispatcher.findOp(name);
+    const auto has = [&](DispatchKey key) { return op.has_value() && op->hasKernelForDispatchKey(key); };
+    const bool generic = has(DispatchKey::CompositeExplicitAutogradNonFunctional) ||
+        has(DispatchKey::CompositeExplicitAutograd) || has(DispatchKey::CompositeImplicitAutograd);
+    if (name.getNamespace() == "aten" && generic) {
+      names.push_back(c10::toString(name));
+    }
+  }
+  for (const std::string& name : names) {
+    aten.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  }
 }
 
 } // namespace emulated

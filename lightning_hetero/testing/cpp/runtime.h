@@ -7,7 +7,6 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch/csrc/autograd/engine.h>
 
 #include <atomic>
 
@@ -201,40 +200,5 @@ class Hooks final : public at::PrivateUse1HooksInterface {
     storage.unsafeGetStorageImpl()->set_nbytes(size_bytes);
   }
 };
-
-// Autograd starts one thread for each device at the first backward pass of the process. When that has
-// happened before the devices came, the threads are started here.
-class AutogradThreads : public torch::autograd::Engine {
- public:
-  static void start_if_late() {
-    auto& engine = torch::autograd::Engine::get_default_engine();
-    const bool started = (engine.*(&AutogradThreads::thread_pool_shared_)) != nullptr;
-    const size_t threads = (engine.*(&AutogradThreads::device_ready_queues_)).size();
-    if (!started || threads >= static_cast<size_t>(device_count())) {
-      return;
-    }
-    TORCH_CHECK(
-        threads == 0,
-        "autograd has already started its ",
-        threads,
-        " device threads, too few for ",
-        static_cast<int>(device_count()),
-        " emulated devices. Install the emulated accelerator before the first backward pass.");
-    (engine.*(&AutogradThreads::start_device_threads))();
-  }
-};
-
-// Makes the devices and registers them with torch. To be called once.
-inline void initialize(int count) {
-  TORCH_CHECK(device_count() == 0, "the emulated devices exist already");
-  TORCH_CHECK(count >= 1 && count <= 64, "the number of emulated devices must be 1 to 64, got ", count);
-  for (int index = 0; index < count; index++) {
-    auto device = std::make_unique<EmulatedDevice>(static_cast<c10::DeviceIndex>(index));
-    device->generator = at::make_generator<Generator>(device->device().index(), device->host_generator);
-    all_devices().push_back(std::move(device));
-  }
-  at::RegisterPrivateUse1HooksInterface(new Hooks());
-  AutogradThreads::start_if_late();
-}
 
 } // namespace emulated
