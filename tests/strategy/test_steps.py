@@ -197,6 +197,31 @@ def test_what_goes_from_one_micro_batch_to_the_next_goes_in_order(
     assert f"run one after the other, because {reason}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["self.count = getattr(self, 'count', 0) + 1", "self.seen.append(len(x))", "del self.flag; self.flag = 1"],
+)
+def test_state_that_appears_later_is_refused_not_mixed_up(code: str, hetero: Any) -> None:
+    class Later(Quiet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+            self.flag = 0
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            if batch_idx > 1:
+                if "flag" in code and self.flag > 5:
+                    raise AssertionError
+                exec(code, {"self": self, "x": x})
+            return F.cross_entropy(self(x), y)
+
+    with pytest.raises(
+        UnsupportedError, match=r"self\.\w+ goes from one micro-batch to the next in training_step, which"
+    ):
+        hetero(devices=EMULATED, **STEPS).fit(Later(), data())
+
+
 def test_dropout_is_repeatable(hetero: Any) -> None:
     class Drops(Quiet):
         def __init__(self) -> None:
@@ -312,7 +337,7 @@ def test_no_more_micro_batches_are_alive_than_devices_and_one(hetero: Any, accel
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(8)))
+            self.net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(16)))
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             return self.net(batch[0]).pow(2).mean()  # type: ignore[no-any-return]
@@ -322,7 +347,7 @@ def test_no_more_micro_batches_are_alive_than_devices_and_one(hetero: Any, accel
 
     rows = 4096
     loader = DataLoader(TensorDataset(torch.randn(2 * rows, 16)), batch_size=rows)
-    where = {f"net.{index}": accelerator.devices[index // 4] for index in range(8)}
+    where = {f"net.{index}": accelerator.devices[index // 8] for index in range(16)}
     peaks = {}
     for mode in ("forward", "step"):
         accelerator.reset()
@@ -335,6 +360,6 @@ def test_no_more_micro_batches_are_alive_than_devices_and_one(hetero: Any, accel
         trainer.fit(Wide(), loader)
         peaks[mode] = accelerator.stats(0).peak_bytes
     batch = rows * 16 * 4  # bytes of the inputs, which are on the root all the time
-    kept = 4 * batch  # output of each of the four tanh of the first device, for the whole batch
+    kept = 8 * batch  # output of each of the eight tanh of the first device, for the whole batch
     assert peaks["forward"] > batch + kept
     assert peaks["step"] < batch + kept * 5 / 8  # three of eight, and what one of them needs while it runs

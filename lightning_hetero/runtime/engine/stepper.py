@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, offsets, split_rows
 from lightning_hetero.runtime.engine.intercept import Gate, Region
 from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.step import StepCall, StepTask
 from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.engine.twin import Writes, twin_of, watched
+from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
 from lightning_hetero.runtime.engine.verdict import Watch
 from lightning_hetero.schedule import Schedule, bounds
 
@@ -67,7 +68,7 @@ class _Step:
     args: tuple[Any, ...]
     rows: list[int]
     notes: list[list[Noted]] = field(default_factory=list)
-    twins: dict[int, nn.Module] = field(default_factory=dict)
+    uses: dict[int, Uses] = field(default_factory=dict)
 
 
 class Stepper:
@@ -143,17 +144,22 @@ class Stepper:
     # Ways to run
 
     def _in_lanes(self, step: _Step, scale: float, mode: _Mode) -> StepCall:
-        writes = Writes(self._module)
-        states = self._engine.generators.states() if mode.draws else {}
+        contents = Contents(self._module)
         call = self._call(step, scale, mode, self._run_beside_the_others)
-        if mode.draws:
-            states = self._engine.generators.states()  # one number was drawn for the seed
+        states = self._engine.generators.states() if mode.draws else {}  # one number was drawn for the seed
         try:
             call.in_lanes()
         finally:
             self._engine.generators.restore(states)
-        for index in sorted(step.twins):
-            self._module.__dict__.update(writes.of(step.twins[index], self._own(index, step)))
+        uses = [step.uses[index] for index in sorted(step.uses)]
+        name = handed_on(uses) or contents.changed()
+        if name is not None:
+            raise UnsupportedError(
+                f"self.{name} goes from one micro-batch to the next in training_step, which it did not do in the first "
+                "step, so micro-batches were under way at the same time. Set micro_batching='forward'."
+            )
+        for use in uses:
+            use.apply_to(self._module, self._own_names)
         return call
 
     def _rehearse(self, step: _Step, scale: float) -> tuple[StepCall, _Mode]:
@@ -161,29 +167,17 @@ class Stepper:
         watch = Watch(self._engine.generators)
         calls = _GradientCalls()
         snapshot = Snapshot(self._module)
-        handed_on: set[str] = set()
-        written: set[str] = set()
-
-        def run(index: int, step: _Step) -> Any:
-            writes = Writes(self._module)
-            twin = self._twin(index, step)
-            read = watched(twin, written)
-            output = self._call_user(twin, index, step)
-            new = writes.of(twin, self._own(index, step))
-            self._module.__dict__.update(new)
-            handed_on.update(read)
-            written.update(new)
-            return output
-
-        call = self._call(step, scale, _Mode(None), run)
+        call = self._call(step, scale, _Mode(None), self._run_after_the_last)
         with self._engine.watching(watch), calls:
             call.one_by_one()
         watch.end()
-        reason = calls.reason or snapshot.change_below(ignored=self._gated)
-        if handed_on:
-            reason = f"self.{min(handed_on)} goes from one batch to the next"
-        if reason is None and watch.changer is not None:
+        name = handed_on(list(step.uses.values()))
+        if name is not None:
+            reason: str | None = f"self.{name} goes from one batch to the next"
+        elif watch.changer is not None:
             reason = f"{watch.changer} changes its input in place"
+        else:
+            reason = calls.reason or snapshot.change_below(ignored=self._gated)
         for unit in watch.units:
             unit.draws = True
         if reason is not None:
@@ -205,34 +199,28 @@ class Stepper:
         return StepCall(self._engine, self._engine.next_call(), task)
 
     def _run_beside_the_others(self, index: int, step: _Step) -> Any:
-        step.twins[index] = twin = self._twin(index, step)
-        return self._call_user(twin, index, step)
-
-    def _run_after_the_last(self, index: int, step: _Step) -> Any:
-        writes = Writes(self._module)
-        twin = self._twin(index, step)
-        output = self._call_user(twin, index, step)
-        self._module.__dict__.update(writes.of(twin, self._own(index, step)))
-        return output
-
-    # One micro-batch
-
-    def _own(self, index: int, step: _Step) -> dict[str, Any]:
-        """Attributes that a twin has for itself."""
-        own: dict[str, Any] = {}
-        if isinstance(self._module.__dict__.get("forward"), Region):
-            own["forward"] = None  # that of the class, so that `self` is the twin in it
-        for name in self._recorded:
-            own[name] = _recorder(name, step.notes[index])
-        return own
-
-    def _twin(self, index: int, step: _Step) -> nn.Module:
-        return twin_of(self._module, self._own(index, step))
-
-    def _call_user(self, twin: nn.Module, index: int, step: _Step) -> Any:
+        twin = twin_of(self._module, self._own(index, step))
+        step.uses[index] = Uses(twin)
         first = offsets(step.rows)
         batch = cut_rows(step.args[0], first[-1], first[index], first[index + 1])
         return getattr(twin, self._name)(batch, *step.args[1:])
+
+    def _run_after_the_last(self, index: int, step: _Step) -> Any:
+        output = self._run_beside_the_others(index, step)
+        step.uses[index].apply_to(self._module, self._own_names)
+        return output
+
+    @property
+    def _own_names(self) -> Sequence[str]:
+        """Names of attributes that a twin has for itself."""
+        return ("forward", *self._recorded)
+
+    def _own(self, index: int, step: _Step) -> dict[str, Any]:
+        """Their values for one micro-batch; None for those that are to be missing."""
+        own: dict[str, Any] = {name: _recorder(name, step.notes[index]) for name in self._recorded}
+        if isinstance(self._module.__dict__.get("forward"), Region):
+            own["forward"] = None  # that of the class, so that `self` is the twin in it
+        return own
 
 
 def _recorder(name: str, notes: list[Noted]) -> Callable[..., None]:

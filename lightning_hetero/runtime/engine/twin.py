@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lightning_hetero.runtime.engine.snapshot import CONTAINERS, kept, unchanged
+from lightning_hetero.runtime.engine.snapshot import CONTAINERS
 
 # Kept by torch, and the same objects for all twins.
 _SHARED = frozenset({"_parameters", "_buffers", "_modules"})
@@ -29,57 +29,79 @@ def twin_of(module: nn.Module, without: Mapping[str, Any]) -> nn.Module:
     return twin
 
 
-class Writes:
-    """What user code did to the attributes of a twin, compared with its module.
+class Uses:
+    """What user code did with the attributes of a twin.
 
     Args:
-        module: The module, before the twin was used.
+        twin: The twin; its class is replaced by a subclass that notes reads and writes.
+
+    Attributes:
+        read: Names that were read before they were written.
+        written: Names that were set or deleted.
+    """
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.read: set[str] = set()
+        self.written: set[str] = set()
+        self._twin = twin
+        read, written = self.read, self.written
+        base: Any = type(twin)
+
+        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
+            if name not in written:
+                read.add(name)
+            return base.__getattribute__(self, name)
+
+        def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
+            written.add(name)
+            base.__setattr__(self, name, value)
+
+        def __delattr__(self: Any, name: str) -> None:  # noqa: N807
+            written.add(name)
+            base.__delattr__(self, name)
+
+        namespace = {
+            "__getattribute__": __getattribute__,
+            "__setattr__": __setattr__,
+            "__delattr__": __delattr__,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        twin.__class__ = type(base.__name__, (base,), namespace)
+
+    def apply_to(self, module: nn.Module, ignored: Collection[str]) -> None:
+        """Do to a module what was done to the twin."""
+        for name in self.written:
+            if name in ignored:
+                continue
+            if name in self._twin.__dict__:
+                module.__dict__[name] = self._twin.__dict__[name]
+            else:
+                module.__dict__.pop(name, None)
+
+
+def handed_on(uses: Sequence[Uses]) -> str | None:
+    """Name of an attribute that one twin wrote and another read: it goes from one micro-batch to the next."""
+    written = set().union(*(use.written for use in uses))
+    read = set().union(*(use.read for use in uses))
+    return min(written & read, default=None)
+
+
+class Contents:
+    """Sizes of the lists and the like that a module has, and all its twins with it.
+
+    Args:
+        module: The module.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._before = {name: kept(value) for name, value in module.__dict__.items() if name not in _SHARED}
+        self._sizes = [
+            (name, value, len(value))
+            for name, value in module.__dict__.items()
+            if name not in _SHARED and isinstance(value, CONTAINERS)
+        ]
 
-    def of(self, twin: nn.Module, ignored: Mapping[str, Any]) -> dict[str, Any]:
-        """The attributes that were set, with their values."""
-        return {
-            name: value
-            for name, value in twin.__dict__.items()
-            if name not in _SHARED
-            and name not in ignored
-            and (name not in self._before or self._before[name][0] is not value)
-        }
-
-    def changed_in_place(self) -> str | None:
-        """Name of an attribute whose content was changed: lists and the like belong to all twins."""
-        for name, (value, copy) in self._before.items():
-            if isinstance(value, CONTAINERS) and not unchanged(value, copy):
-                return name
-        return None
-
-
-def watched(twin: nn.Module, names: set[str]) -> set[str]:
-    """Let a twin note reads of some attributes that come before its own writes.
-
-    Args:
-        twin: The twin; its class is replaced by a subclass.
-        names: The attributes.
-
-    Returns:
-        The names that were read, filled while the twin is used.
-    """
-    read: set[str] = set()
-    written: set[str] = set()
-    base: Any = type(twin)
-
-    def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
-        if name in names and name not in written:
-            read.add(name)
-        return base.__getattribute__(self, name)
-
-    def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
-        written.add(name)
-        base.__setattr__(self, name, value)
-
-    namespace = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__module__": base.__module__}
-    twin.__class__ = type(base.__name__, (base,), namespace)
-    return read
+    def changed(self) -> str | None:
+        """Name of one that has another size now."""
+        return next((name for name, value, size in self._sizes if len(value) != size), None)
