@@ -304,6 +304,9 @@ class HeteroStrategyCore(_Base):
         if isinstance(self._precision_plugin, HeteroMixedPrecisionCore):
             self._precision_plugin.use_devices(map(torch.device, plan.torch_devices))
         self._placed.place()
+        parts = self._pipelining.micro_batches
+        if parts > 1 and len(plan.used) < 2:
+            log.warning("micro_batches=%s has no effect: the plan uses one device, so nothing can overlap", parts)
         exchange_parameters(self.optimizers, self._placed.replaced)
         self.host.update_properties(self.model, device=self.root_device)
 

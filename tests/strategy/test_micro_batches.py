@@ -108,6 +108,29 @@ def test_a_forward_that_logs_runs_whole(plain: Any, hetero: Any, caplog: pytest.
     assert results[0] == results[1]
 
 
+def test_one_device_has_nothing_to_overlap_and_says_so(
+    plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone, spread = Classifier(), Classifier()
+    plain().fit(alone, data())
+    hetero(placement="single", **IN_PARTS).fit(spread, data())
+    assert difference(alone, spread) == 0.0
+    assert "micro_batches=4 has no effect: the plan uses one device" in caplog.text
+
+
+def test_a_model_that_is_compiled_whole_is_not_cut(plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Compiled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.compile(backend="eager")
+
+    alone, spread = Compiled(), Compiled()
+    plain(max_epochs=1).fit(alone, data())
+    hetero(max_epochs=1, devices="cpu@speed=1,cpu@speed=1", **IN_PARTS).fit(spread, data())
+    assert difference(alone, spread) == 0.0
+    assert "because torch.compile has made one piece of it" in caplog.text
+
+
 def test_manual_optimization_with_a_gradient_penalty(plain: Any, hetero: Any) -> None:
     class Penalised(pl.LightningModule):
         def __init__(self) -> None:

@@ -2,17 +2,24 @@
 
 The pieces, from the bottom up::
 
-    tree       structures of tensors, taken apart and put together
-    state      what a thread must hand to another for an operation to mean the same
-    worker     one thread per device, which takes tasks in order
-    lanes      threads that run the user's code for one micro-batch each
-    leaves     which parameters a graph depends on, and sums of their gradients in a fixed order
-    streams    random numbers that depend on micro-batch and call, not on timing
-    cut        a call of a placed module from a lane: task, cut of the graph, task of the backward
-    batch      inputs cut into rows, outputs joined
-    snapshot   what a trial run may have changed, put back
-    verdict    whether a region may be cut, found out by a trial
-    region     one pipelined call of a region, forward and backward
-    intercept  how calls of user code get here
-    engine     all of it for one placed model
+    tree        structures of tensors, taken apart and put together
+    state       what a thread must hand to another for an operation to mean the same
+    faults      errors that say where they happened, waiting that ends
+    worker      one thread per device, which takes tasks in order
+    lanes       threads that run the user's code for one micro-batch each
+    leaves      which parameters a graph depends on, and sums of their gradients in a fixed order
+    streams     random numbers that depend on micro-batch and call, not on timing
+    cut         a call of a placed module from a lane: task, cut of the graph, task of the backward
+    batch       inputs cut into rows, outputs joined
+    snapshot    what a trial run may have changed, put back
+    batch_norm  statistics of micro-batches, running statistics of the batch
+    verdict     whether a region may be cut, found out by a trial
+    call        what calls of regions and whole steps have in common
+    region      one pipelined call of a region, forward and backward
+    turnstile   micro-batches one after the other, where their order matters
+    twin        a `self` for each micro-batch
+    step        one training step in micro-batches
+    stepper     all steps of a run: rehearsal, then lanes
+    intercept   how calls of user code get here
+    engine      all of it for one placed model
 """

@@ -99,7 +99,11 @@ class Engine:
         self._pool: LanePool | None = None
         self._units: list[ModuleUnit] = []
         self._regions: list[Region] = []
-        if not any(map(_is_compiled, (split.module for split in layout.splits))):
+        compiled = [split.name or type(split.module).__name__ for split in layout.splits if _is_compiled(split.module)]
+        if compiled:
+            reason = f"{compiled[0]} is not cut into micro-batches, because torch.compile has made one piece of it"
+            self.note(reason, "Compile its parts instead.")
+        else:
             self._intercept(layout)
 
     # Threads
