@@ -119,12 +119,9 @@ def test_one_device_has_nothing_to_overlap_and_says_so(
 
 
 def test_a_model_that_is_compiled_whole_is_not_cut(plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
-    class Compiled(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net.compile(backend="eager")
-
-    alone, spread = Compiled(), Compiled()
+    alone, spread = Classifier(), Classifier()
+    for model in (alone, spread):
+        model.compile(backend="eager")
     plain(max_epochs=1).fit(alone, data())
     hetero(max_epochs=1, devices="cpu@speed=1,cpu@speed=1", **IN_PARTS).fit(spread, data())
     assert difference(alone, spread) == 0.0

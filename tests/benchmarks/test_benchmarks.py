@@ -1,0 +1,60 @@
+"""Every benchmark runs, and ends with its figures in the form that programs read. How fast is not asked here."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_hetero.testing import EmulatedAccelerator
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SHARED = {"lockstep.py", "report.py"}
+FIGURES = {
+    "connected_overhead.py": {
+        "plain_us",
+        "noise_ratio",
+        "default_ratio",
+        "single_ratio",
+        "two_stages_ratio",
+        "border_us",
+    },
+    "import_time.py": {
+        "added_to_torch_ms",
+        "importtime_ms",
+        "importtime_noise_ms",
+        "after_torch_ms",
+        "added_to_lightning_ms",
+    },
+}
+RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_every_benchmark_is_run_here_and_explained() -> None:
+    files = {path.name for path in BENCHMARKS.glob("*.py")} - SHARED
+    texts = [(BENCHMARKS / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md")]
+
+    assert files == set(FIGURES)
+    for name, figures in FIGURES.items():
+        for text in texts:
+            assert f"python benchmarks/{name}" in text
+            assert [figure for figure in sorted(figures) if f"`{figure}`" not in text] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_quick_run_ends_with_its_figures_as_json(
+    name: str, run_python: RunPython, accelerator: EmulatedAccelerator
+) -> None:
+    # The fixture compiles the emulated accelerator if need be, so that it is there when the benchmark asks for it.
+    ran = run_python(str(BENCHMARKS / name), "--quick", OMP_NUM_THREADS="1")
+
+    assert ran.returncode == 0, ran.stderr
+    last = json.loads(ran.stdout.splitlines()[-1])
+    assert last.keys() == {"figures"}
+    assert last["figures"].keys() == FIGURES[name]
+    assert all(type(value) is float and math.isfinite(value) for value in last["figures"].values())
