@@ -189,6 +189,7 @@ def test_an_interrupt_stops_the_lanes(pair: Any, place: str) -> None:
     trouble = both.model[1]
     trouble.place, trouble.happen = place, lambda: time.sleep(0.5)
     before = threading.active_count()
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     timer.start()
     try:
@@ -196,6 +197,7 @@ def test_an_interrupt_stops_the_lanes(pair: Any, place: str) -> None:
             both.model(torch.full((12, 8), 1000.0, dtype=torch.float64)).sum().backward()
     finally:
         timer.join()
+        signal.signal(signal.SIGINT, usual)
     trouble.place = ""
     assert threading.active_count() == before
     frames.cut_to(0)  # what a strategy does after every step
