@@ -58,6 +58,7 @@ class PlacedModel:
 
     Attributes:
         engine: What runs pipelined calls; None in connected mode.
+        spans_devices: Whether tensors live on more than one device of torch. Worked out once: it is asked every step.
         replaced: Pairs of old and new Parameter where torch did not let one keep its identity; optimizers that
             hold the old one must be given the new one. Usually empty.
     """
@@ -68,16 +69,12 @@ class PlacedModel:
         self.root = torch.device(str(plan.root.torch_device))
         self.pipelining = pipelining or Pipelining()
         self.engine: Engine | None = None
+        self.spans_devices = len(plan.torch_devices) > 1
         self.replaced: Replaced = []
         inventory = plan.inventory
         self.layout: Layout = lay_out(module, {unit: inventory[name] for unit, name in plan.device_of.items()})
         self._paces = paces(plan.devices)
         self._buffers: list[tuple[nn.Module, torch.device]] = []
-
-    @property
-    def spans_devices(self) -> bool:
-        """Whether tensors live on more than one device of torch."""
-        return len(self.plan.torch_devices) > 1
 
     def place(self, before_hooks: Callable[[nn.Module, Layout], Layout] | None = None) -> None:
         """Move parameters, buffers and metrics, and put the hooks and guards on.

@@ -178,7 +178,8 @@ class HeteroStrategyCore(_Base):
     @property
     def precision_plugin(self) -> Any:
         """The precision plugin; mixed precision is replaced by one for several kinds of devices."""
-        return super().precision_plugin
+        plugin = self._precision_plugin  # asked seven times a step, so without a second call
+        return super().precision_plugin if plugin is None else plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
