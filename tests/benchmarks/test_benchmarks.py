@@ -23,6 +23,7 @@ FIGURES = {
         "two_stages_ratio",
         "border_us",
     },
+    "stress.py": {"steps", "hangs", "differing_placements"},
     "import_time.py": {
         "added_to_torch_ms",
         "importtime_ms",
