@@ -199,7 +199,5 @@ def _record(cls: type[Any], data: Mapping[str, Any], **replaced: Any) -> Any:
     known = {field.name for field in fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
-        raise InventoryError(
-            f"unknown field {unknown[0]!r} of a {cls.__name__}; known are {', '.join(sorted(known))}"
-        )
+        raise InventoryError(f"unknown field {unknown[0]!r} of a {cls.__name__}; known are {', '.join(sorted(known))}")
     return cls(**{**data, **{key: value for key, value in replaced.items() if key in data}})

@@ -13,7 +13,7 @@ import pytest
 from lightning_hetero.testing import EmulatedAccelerator
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SHARED = {"lockstep.py", "report.py"}
+SHARED = {"lockstep.py", "placement_instances.py", "report.py"}
 FIGURES = {
     "connected_overhead.py": {
         "plain_us",
@@ -23,6 +23,13 @@ FIGURES = {
         "two_stages_ratio",
         "border_us",
     },
+    "pipeline.py": {
+        f"{mode}_{stages}_{micro_batches}"
+        for mode in ("forward", "step")
+        for stages in ("40_40", "60_20", "20_60", "30_30_30")
+        for micro_batches in (4, 8)
+    },
+    "planner.py": {"chain_50x64_s", "fixed_order_1000x64_s", "graph_10000x32_s", "noise_ratio"},
     "stress.py": {"steps", "hangs", "differing_placements"},
     "import_time.py": {
         "added_to_torch_ms",
