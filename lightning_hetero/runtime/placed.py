@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ class Pipelining:
         defers_batch_norm: Whether micro-batches are normalised by their own mean and variance.
         hang_timeout_s: Seconds after which a call that has not ended is given up.
         once_per_batch: Names of methods of the model that must not be called for a part of a batch.
+        around: Gives values that user code may decide by, such as the epoch. Where they change, cutting is tried anew.
         records: Where to note which device did what, and when; None notes nothing.
     """
 
@@ -39,6 +40,7 @@ class Pipelining:
     defers_batch_norm: bool = False
     hang_timeout_s: float = 600.0
     once_per_batch: Sequence[str] = ()
+    around: Callable[[], Sequence[Hashable]] = tuple
     records: list[Record] | None = None
 
 
@@ -106,6 +108,7 @@ class PlacedModel:
                 paces=self._paces,
                 hang_timeout_s=self.pipelining.hang_timeout_s,
                 once_per_batch=self.pipelining.once_per_batch,
+                around=self.pipelining.around,
                 records=self.pipelining.records,
             )
 

@@ -134,6 +134,7 @@ class HeteroStrategyCore(_Base):
             defers_batch_norm=one_of("batch_norm", batch_norm, ("whole", "defer")) == "defer",
             hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),
             once_per_batch=_ONCE_PER_BATCH,
+            around=self._moment,
         )
         self._schedule = schedule_for(schedule, micro_batching)
         self._steps_in_parts = one_of("micro_batching", micro_batching, ("forward", "step")) == "step"
@@ -198,6 +199,11 @@ class HeteroStrategyCore(_Base):
     def inventory(self) -> Inventory | None:
         """The devices of this run; None before a Trainer took the strategy."""
         return self._inventory
+
+    def _moment(self) -> tuple[int, int]:
+        """Epoch and step: user code may do something else from some epoch on."""
+        module: Any = self.lightning_module
+        return (0, 0) if module is None else (module.current_epoch, module.global_step)
 
     # Setup and teardown
 

@@ -49,8 +49,24 @@ class Trouble(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(8))
-        self.place = ""
-        self.happen: Callable[[], Any] = lambda: None
+        # In a list, because an attribute that changes is a reason for another trial.
+        self.orders: list[Any] = ["", lambda: None]
+
+    @property
+    def place(self) -> str:
+        return self.orders[0]  # type: ignore[no-any-return]
+
+    @place.setter
+    def place(self, place: str) -> None:
+        self.orders[0] = place
+
+    @property
+    def happen(self) -> Callable[[], Any]:
+        return self.orders[1]  # type: ignore[no-any-return]
+
+    @happen.setter
+    def happen(self, happen: Callable[[], Any]) -> None:
+        self.orders[1] = happen
 
     def is_in(self, x: Tensor) -> bool:
         with torch._C.DisableTorchFunction():

@@ -90,6 +90,18 @@ def test_the_step_runs_once_on_the_whole_batch_and_logs_once(hetero: Any) -> Non
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hetero")]
 
 
+def test_a_forward_that_couples_rows_from_some_epoch_on(plain: Any, hetero: Any) -> None:
+    class Centred(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(x)
+            return y - y.mean(0) if self.current_epoch > 0 else y
+
+    alone, spread = Centred(), Centred()
+    plain(max_epochs=3).fit(alone, data())
+    hetero(max_epochs=3, **IN_PARTS).fit(spread, data())
+    assert difference(alone, spread) <= ROUNDING
+
+
 def test_a_forward_that_logs_runs_whole(plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Logs(Classifier):
         def forward(self, x: Tensor) -> Tensor:

@@ -2,24 +2,36 @@
 
 The pieces, from the bottom up::
 
-    tree        structures of tensors, taken apart and put together
-    state       what a thread must hand to another for an operation to mean the same
-    faults      errors that say where they happened, waiting that ends
-    worker      one thread per device, which takes tasks in order
-    lanes       threads that run the user's code for one micro-batch each
-    leaves      which parameters a graph depends on, and sums of their gradients in a fixed order
-    streams     random numbers that depend on micro-batch and call, not on timing
-    cut         a call of a placed module from a lane: task, cut of the graph, task of the backward
-    batch       inputs cut into rows, outputs joined
-    snapshot    what a trial run may have changed, put back
-    batch_norm  statistics of micro-batches, running statistics of the batch
-    verdict     whether a region may be cut, found out by a trial
-    call        what calls of regions and whole steps have in common
-    region      one pipelined call of a region, forward and backward
-    turnstile   micro-batches one after the other, where their order matters
-    twin        a `self` for each micro-batch
-    step        one training step in micro-batches
-    stepper     all steps of a run: rehearsal, then lanes
-    intercept   how calls of user code get here
-    engine      all of it for one placed model
+    tree            structures of tensors, taken apart and put together
+    state           what a thread must hand to another for an operation to mean the same
+    faults          errors that say where they happened, waiting that ends
+    worker          one thread per device, which takes tasks in order
+    lanes           threads that run the user's code for one micro-batch each
+    leaves          which parameters a graph depends on, and sums of their gradients in a fixed order
+    streams         random numbers that depend on micro-batch and call, not on timing
+    cut             a call of a placed module from a lane: task, cut of the graph, task of the backward
+    batch           inputs cut into rows, outputs joined
+    silence         hooks on parameters, silent while parts of gradients are computed
+    contents        what is inside of attributes: found, kept, compared, put back
+    names           attributes of classes and globals that modules may change
+    snapshot        what a trial run may have changed, put back
+    owned           memory that a trial run must not change, however it gets at it
+    sources         random numbers that do not come from torch
+    batch_norm      statistics of micro-batches, running statistics of the batch
+    watch           who draws random numbers and changes inputs during a trial
+    observer        what is read from tensors during a trial, and which inputs it depends on
+    steady          constant random numbers, for comparisons
+    comparison      outputs of the whole and of parts, or with other rows beside the same ones
+    gradient_trial  the same for gradients
+    refused         methods that mean a whole batch
+    verdict         whether a region may be cut, found out by a trial
+    key             what a verdict depends on
+    call            what calls of regions and whole steps have in common
+    region          one pipelined call of a region, forward and backward
+    turnstile       micro-batches one after the other, where their order matters
+    twin            a `self` for each micro-batch
+    step            one training step in micro-batches
+    stepper         all steps of a run: rehearsal, then lanes
+    intercept       how calls of user code get here
+    engine          all of it for one placed model
 """

@@ -117,15 +117,22 @@ class Join:
         for tree in trees:
             if tree.opaque is not None:
                 raise CannotCutError(f"it returns a {type(tree.opaque).__name__}, which cannot be joined")
-            if len(tree.tensors) != len(first.tensors) or not _same(tree.values, first.values):
+            if tree.form != first.form or not _same(tree.values, first.values):
                 raise CannotCutError("what it returns differs between parts of a batch")
         self.columns = [[tree.tensors[place] for tree in trees] for place in range(len(first.tensors))]
+        for tensor in first.tensors:
+            if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+                raise CannotCutError("an output is sparse, nested or quantized, which is not joined")
         for column in self.columns:
             if any(part.dim() == 0 or part.shape[0] != size for part, size in zip(column, rows, strict=True)):
                 shape = tuple(column[0].shape)
                 raise CannotCutError(f"an output of shape {shape} does not have the batch as first dimension")
             if len({(part.dtype, part.device, part.shape[1:]) for part in column}) > 1:
                 raise CannotCutError("the shapes or dtypes of its outputs differ between parts of a batch")
+
+    def has_form_of(self, whole: Tree) -> bool:
+        """Whether the structure and the values that are no tensors are those of an output of the whole batch."""
+        return self._first.form == whole.form and _same(self._first.values, whole.values)
 
     def build(self, tensors: Sequence[Tensor]) -> Any:
         """The output of the whole batch, made of joined tensors."""

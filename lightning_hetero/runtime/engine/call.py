@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_hetero.runtime.engine.lanes import Crew, Lane
 from lightning_hetero.runtime.engine.leaves import OrderedSums
+from lightning_hetero.runtime.engine.silence import SILENCE
 from lightning_hetero.runtime.engine.state import ThreadState
+from lightning_hetero.schedule import Op
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.cut import Unit
@@ -48,7 +50,7 @@ class Call:
         self._state = ThreadState(engine.device_types)
         self._lanes = [Lane(self, index) for index in range(micro_batches)]
         self._crew: Crew | None = None
-        self._muted: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        self._muted: list[Tensor] = []
 
     def check(self) -> None:
         """Stop what belongs to a call that has failed.
@@ -67,13 +69,18 @@ class Call:
         """Within the block, lower lanes are done with `key`, if their order matters."""
         return nullcontext()
 
+    def place(self, op: Op, unit: Unit, lane: Lane) -> int:
+        """Place of a task on its device, where the lowest goes first. Backwards do here: they free memory."""
+        return 0 if op == "B" else 1
+
     def _start(self, work: Callable[[Lane], None], in_flight: int) -> None:
         self._crew = Crew(self.engine.pool, self._lanes, work, in_flight)
 
     def _finish(self) -> None:
         """Wait for all lanes; raise what the first of those that failed raised."""
         crew = self._crew
-        assert crew is not None
+        if crew is None:
+            raise RuntimeError(_given_up(self.name))
         try:
             self.engine.wait(crew.left, self.name)
         except BaseException:
@@ -82,6 +89,8 @@ class Call:
             raise
         self._crew = None  # it holds what its lanes do, which holds this call
         crew.raise_first(self.name)
+        if crew.failed:
+            raise RuntimeError(_given_up(self.name))
 
     def _stop(self) -> None:
         """End lanes for which nobody waits."""
@@ -92,13 +101,16 @@ class Call:
 
     def _mute(self, leaves: Iterable[Tensor]) -> None:
         """Silence hooks on leaves while lanes run: a backward that asks for a leaf would call them in every lane."""
-        for leaf in leaves:
-            hooks: Any = leaf._backward_hooks
-            if hooks:
-                self._muted.append((hooks, dict(hooks)))
-                hooks.clear()
+        self._muted = list(leaves)
+        SILENCE.begin(self._muted)
 
     def _unmute(self) -> None:
-        for hooks, kept in self._muted:
-            hooks.update(kept)
-        self._muted.clear()
+        muted, self._muted = self._muted, []
+        SILENCE.end(muted)
+
+
+def _given_up(name: str) -> str:
+    return (
+        f"the backward of {name} was given up, because its forward was called again before it had ended. Call backward "
+        "in the thread that called forward, and do not start another step in between."
+    )

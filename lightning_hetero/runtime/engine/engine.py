@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -20,18 +20,28 @@ from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.intercept import ChainUnit, ModuleUnit, Region
 from lightning_hetero.runtime.engine.lanes import LanePool
+from lightning_hetero.runtime.engine.refused import methods_refused
 from lightning_hetero.runtime.engine.region import RegionCall, RegionTask
-from lightning_hetero.runtime.engine.state import ThreadState, stays_in_its_thread
+from lightning_hetero.runtime.engine.state import (
+    ThreadState,
+    has_global_hooks,
+    saves_otherwise,
+    stays_in_its_thread,
+)
 from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.engine.verdict import ONE_ROW, Trial, Verdict, Watch
+from lightning_hetero.runtime.engine.verdict import Trial, Verdict
+from lightning_hetero.runtime.engine.watch import Watch
 from lightning_hetero.runtime.engine.worker import Record, Worker
 from lightning_hetero.runtime.layout import Layout
 from lightning_hetero.schedule import Pipeline
 
 log = logging.getLogger(__name__)
 
-_MOST_VERDICTS = 16  # of one region; inputs that change their structure at every call would be tried for ever
+_MOST_TRIES = 3  # of a region that changes something: it may be a cache, which is filled at the first call
+_MOST_VERDICTS = 64  # that a region keeps
+_TRIALS_AT_ONCE = 32  # that a region may have before its calls have to pay for them
+_CALLS_PER_TRIAL = 8
 _DRAIN_S = 60.0
 
 
@@ -53,6 +63,7 @@ class Engine:
         paces: Threads of emulated devices, by name.
         hang_timeout_s: Seconds after which a call that has not ended is given up.
         once_per_batch: Names of methods of the model that user code must not call for a part of a batch.
+        around: Gives values that user code may decide by, such as the epoch.
         records: Where workers note what they did; None notes nothing.
 
     Attributes:
@@ -72,16 +83,18 @@ class Engine:
         paces: Mapping[str, Pace],
         hang_timeout_s: float,
         once_per_batch: Sequence[str] = (),
+        around: Callable[[], Sequence[Hashable]] = tuple,
         records: list[Record] | None = None,
     ) -> None:
         self.root = root
+        self._around = around
         self.micro_batches = micro_batches
         self.rematerialize = rematerialize
         self._defers_batch_norm = defers_batch_norm
         self.anchor = torch.zeros((), device="cpu", requires_grad=True)
         self.cut_calls = 0
-        self.trial: Watch | None = None
-        self.is_inline = False
+        self._local = _Local()
+        self._module = module
         self.running: set[RegionCall] = set()
         self.reasons: list[str] = []
         self._hang_timeout_s = hang_timeout_s
@@ -90,7 +103,9 @@ class Engine:
         self._one_call = threading.Lock()
         self._workers = self._make_workers(layout, paces, records)
         names = list(self._workers)
-        self._stages = tuple(names.index(name) for name, _ in groupby(block.device.name for block in layout.blocks))
+        stages = [list(blocks) for _, blocks in groupby(layout.blocks, key=lambda block: block.device.name)]
+        self._stages = tuple(names.index(blocks[0].device.name) for blocks in stages)
+        self._stage_of = {id(block.module): index for index, blocks in enumerate(stages) for block in blocks}
         # As many as keep all devices at work, and one that is handed over: the bound of 1F1B.
         self.lanes_again = len(self._workers) + 1
         devices = [root, *(worker.torch_device for worker in self._workers.values())]
@@ -182,7 +197,7 @@ class Engine:
         try:
             prepared = self._prepare(region, args, kwargs)
             if prepared is not None:
-                return self._forward(*prepared)
+                return self._forward(region, *prepared)
         except CannotCutError as refused:
             region.refuse(str(refused))
             self._note(region, str(refused))
@@ -200,9 +215,18 @@ class Engine:
     def _prepare(
         self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[RegionCall, dict[torch.device, Tensor]] | None:
-        """The call to make, and the states of the generators before it if it draws; None to run whole."""
+        """The call to make, and the states of the generators before it; None to run whole."""
         given = Tree((args, kwargs))
-        verdict = self._verdict(region, given, args, kwargs)
+        parameters = list(region.module.parameters())
+        # torch.func.functional_call puts other tensors in the place of parameters.
+        if not all(parameter.is_leaf for parameter in parameters):
+            self._note(region, "its parameters are computed from others")
+            return None
+        if self.rematerialize and not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
+            self._note(region, "its parameters are replaced for this call, and may not be there for its backward")
+            return None
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        verdict = self._verdict(region, given, args, kwargs, trainable)
         if verdict.cut is None:
             self._note(region, verdict.reason)
             return None
@@ -215,10 +239,10 @@ class Engine:
             self._note(region, "it draws random numbers without recording gradients")
             return None
         for call in list(self.running):
-            call.abandon()
-        states = self.generators.states() if verdict.draws else {}
+            if call.thread == threading.get_ident():  # another thread may wait for its own
+                call.abandon()
+        states = self.generators.states()
         seed = int(torch.randint(1 << 62, (), device="cpu")) if verdict.draws else None
-        checks, region.checked = not region.checked, True
         task = RegionTask(
             number=self.next_call(),
             name=region.name,
@@ -229,38 +253,65 @@ class Engine:
             given=given,
             seed=seed,
             own_code_draws=region.own_code_draws,
-            checks_capture=checks,
-            deferred=Deferred(filter(uses_batch, region.parts)),
-            rematerialized=[p for p in region.module.parameters() if p.requires_grad] if self.rematerialize else None,
+            deferred=Deferred(filter(uses_batch, region.module.modules())),
+            rematerialized=trainable if self.rematerialize else None,
+            traced=verdict.traced,
+            buffers=list(region.module.buffers()),
         )
         return RegionCall(self, task), states
 
-    def _forward(self, call: RegionCall, before: dict[torch.device, Tensor]) -> Any:
+    def _forward(self, region: Region, call: RegionCall, before: dict[torch.device, Tensor]) -> Any:
         """Run a call. One random number was drawn for it, and no more, unless the region then has to run whole."""
-        after = self.generators.states() if before else {}
+        after = self.generators.states() if call.seed is not None else {}
         try:
-            return call.forward()
+            with methods_refused([self._module, region.module], self._once_per_batch):
+                result = call.forward()
+            if call.seed is None and self.generators.drawn_since(before):
+                region.verdicts.clear()  # the next call has a new trial, which sees who draws
+                raise CannotCutError("it draws random numbers, which it did not do in its trial")
+            return result
         except CannotCutError:
             after = before
             raise
         finally:
             self.generators.restore(after)
 
-    def _verdict(self, region: Region, given: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verdict:
-        key = _key(region, given)
+    def _verdict(
+        self,
+        region: Region,
+        given: Tree,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trainable: Sequence[nn.Parameter],
+    ) -> Verdict:
+        key = (
+            region.keys.of(region.module, given, self._around()),
+            tuple(map(id, trainable)) if self.rematerialize else (),
+        )
+        region.calls += 1
         verdict = region.verdicts.get(key)
         if verdict is not None:
             return verdict
-        if len(region.verdicts) >= _MOST_VERDICTS:
+        if region.trials >= _TRIALS_AT_ONCE + region.calls // _CALLS_PER_TRIAL:
             return Verdict(None, "the structure of its inputs keeps changing")
+        region.trials += 1
         watch = Watch(self.generators)
         with self.watching(watch):
             trial = Trial(
-                region.module, region.in_lane, self.generators, self._once_per_batch, watch, self._defers_batch_norm
+                region.module,
+                region.in_lane,
+                self.generators,
+                self._once_per_batch,
+                watch,
+                self._defers_batch_norm,
+                self._module,
             )
             verdict = trial.verdict(args, kwargs, ThreadState(self.device_types).autocast_dtypes)
-        if verdict.cut is not None or verdict.reason != ONE_ROW:
+        region.tries[key] += not verdict.final
+        if verdict.final or region.tries[key] >= _MOST_TRIES:
             region.verdicts[key] = verdict
+            for old in list(region.verdicts)[:-_MOST_VERDICTS]:
+                del region.verdicts[old]
         for unit in watch.units:
             unit.draws = True
         region.own_code_draws = region.own_code_draws or watch.own_code
@@ -277,23 +328,33 @@ class Engine:
             self.reasons.append(reason)
             log.warning("%s. %s", reason, consequence)
 
+    @property
+    def trial(self) -> Watch | None:
+        """To whom units report that this thread calls."""
+        return self._local.trial
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether regions that this thread calls run in it, whole."""
+        return self._local.is_inline
+
     @contextmanager
     def watching(self, watch: Watch) -> Iterator[None]:
         """Within the block units run in this thread and report to `watch`."""
-        self.trial = watch
+        self._local.trial = watch
         try:
             yield
         finally:
-            self.trial = None
+            self._local.trial = None
 
     @contextmanager
     def inline(self) -> Iterator[None]:
         """Within the block regions run in this thread, whole."""
-        self.is_inline = True
+        self._local.is_inline = True
         try:
             yield
         finally:
-            self.is_inline = False
+            self._local.is_inline = False
 
     def next_call(self) -> int:
         """A number for a call."""
@@ -318,7 +379,8 @@ class Engine:
     def _intercept(self, layout: Layout) -> None:
         workers = {id(block.module): self._workers[block.device.name] for block in layout.blocks}
         for block in layout.blocks:
-            unit = ModuleUnit(self, block.name, workers[id(block.module)], block.module)
+            stage = self._stage_of[id(block.module)]
+            unit = ModuleUnit(self, block.name, workers[id(block.module)], stage, block.module)
             unit.install()
             self._units.append(unit)
         for split in layout.splits:
@@ -344,7 +406,9 @@ class Engine:
                 names = list(
                     dict.fromkeys(f"{name}.{key}" if name else key for key in (together[0][0], together[-1][0]))
                 )
-                links.append(ChainUnit(self, "…".join(names), worker, [child for _, child in together]))
+                children = [child for _, child in together]
+                stage = next((self._stage_of[id(child)] for child in children if id(child) in self._stage_of), 0)
+                links.append(ChainUnit(self, "…".join(names), worker, stage, children))
             together.clear()
 
         for key, child in chain.named_children():
@@ -363,12 +427,9 @@ class Engine:
         return tuple(links)
 
 
-def _key(region: Region, given: Tree) -> Any:
-    """What a verdict depends on: modes and hooks of the modules, and the structure of the inputs."""
-    modes = tuple((part.training, len(part._forward_hooks), len(part._forward_pre_hooks)) for part in region.parts)
-    tensors = tuple((tensor.dim(), tensor.dtype) for tensor in given.tensors)
-    values = tuple(value if value is None or isinstance(value, bool) else type(value) for value in given.values)
-    return modes, tensors, values
+class _Local(threading.local):
+    trial: Watch | None = None
+    is_inline = False
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -380,6 +441,8 @@ def _not_now() -> str | None:
     """Why a call that user code makes at this moment has to run whole; None if it may be cut."""
     if torch._C._current_graph_task_id() != -1:
         return "it runs inside a backward, as in activation checkpointing around it"
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if saves_otherwise():
         return "hooks decide what autograd saves, as in activation checkpointing around it"
+    if has_global_hooks():
+        return "hooks of user code on all modules would see parts of a batch"
     return stays_in_its_thread()

@@ -8,6 +8,7 @@ region see the whole batch, once. Copies and pickles of a module come without ei
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_hetero.runtime.engine.cut import call_unit
+from lightning_hetero.runtime.engine.key import Keys
 from lightning_hetero.runtime.engine.lanes import current_lane
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.worker import Worker
@@ -33,14 +35,16 @@ class _Unit:
         name: For messages and records.
         number: Its place among the units.
         worker: The thread of its device.
+        stage: Index of the stage that it belongs to.
         draws: Whether it draws random numbers, as far as a trial has seen.
     """
 
-    def __init__(self, engine: Engine, name: str, worker: Worker) -> None:
+    def __init__(self, engine: Engine, name: str, worker: Worker, stage: int) -> None:
         self.engine = engine
         self.name = name
         self.number = engine.next_number()
         self.worker = worker
+        self.stage = stage
         self.draws = False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,9 +54,11 @@ class _Unit:
     @property
     def has_state(self) -> bool:
         """Whether its forward may change buffers, so that the order of micro-batches matters."""
-        return any(part.training and part._buffers for module in self._modules() for part in module.modules())
+        return any(part.training and part._buffers for module in self.parts for part in module.modules())
 
-    def _modules(self) -> Sequence[nn.Module]:
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules that it runs."""
         raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,8 +76,8 @@ class _Unit:
 class ModuleUnit(_Unit):
     """A placed module."""
 
-    def __init__(self, engine: Engine, name: str, worker: Worker, module: nn.Module) -> None:
-        super().__init__(engine, name, worker)
+    def __init__(self, engine: Engine, name: str, worker: Worker, stage: int, module: nn.Module) -> None:
+        super().__init__(engine, name, worker, stage)
         self.module = module
         self._before: Callable[..., Any] | None = module._compiled_call_impl
 
@@ -81,7 +87,9 @@ class ModuleUnit(_Unit):
             return self._before(*args, **kwargs)
         return self.module._call_impl(*args, **kwargs)
 
-    def _modules(self) -> Sequence[nn.Module]:
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules that it runs."""
         return (self.module,)
 
     def install(self) -> None:
@@ -103,8 +111,8 @@ class ModuleUnit(_Unit):
 class ChainUnit(_Unit):
     """Several modules of an nn.Sequential that follow each other on one device: one task instead of many."""
 
-    def __init__(self, engine: Engine, name: str, worker: Worker, modules: Sequence[nn.Module]) -> None:
-        super().__init__(engine, name, worker)
+    def __init__(self, engine: Engine, name: str, worker: Worker, stage: int, modules: Sequence[nn.Module]) -> None:
+        super().__init__(engine, name, worker, stage)
         self.modules = tuple(modules)
 
     def run(self, x: Any) -> Any:
@@ -113,7 +121,9 @@ class ChainUnit(_Unit):
             x = module(x)
         return x
 
-    def _modules(self) -> Sequence[nn.Module]:
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules that it runs."""
         return self.modules
 
 
@@ -126,17 +136,23 @@ class Region:
         module: The module.
 
     Attributes:
-        verdicts: What trials have found, by mode and structure of inputs.
+        keys: Makes the keys of `verdicts`.
+        verdicts: What trials have found, by all that they may depend on.
+        tries: How often a trial found what need not last, by the same.
+        calls: How many calls there were.
+        trials: How many trials.
     """
 
     def __init__(self, engine: Engine, name: str, module: nn.Module) -> None:
         self.engine = engine
         self.name = name or type(module).__name__
         self.module = module
+        self.keys = Keys()
         self.verdicts: dict[Any, Verdict] = {}
+        self.tries: Counter[Any] = Counter()
+        self.calls = 0
+        self.trials = 0
         self.own_code_draws = False
-        self.checked = False
-        self.parts = tuple(module.modules())
         self.chain: tuple[ChainUnit | nn.Module, ...] | None = None
         self._before: Any = module.__dict__.get(_FORWARD)
         self._plain: Callable[..., Any] = module.forward
@@ -186,7 +202,8 @@ class Region:
         return len(found) == len(expected) and all(a is b for a, b in zip(found, expected, strict=True))
 
     def __reduce__(self) -> Any:
-        return _own_forward, (self.module,)
+        # A copy gets the forward that the module had, even one that user code had put on this very module.
+        return (_own_forward, (self.module,)) if self._before is None else (_itself, (self._before,))
 
 
 class Gate:
@@ -238,6 +255,10 @@ class Gate:
 
 def _nothing() -> None:
     return None
+
+
+def _itself(forward: Any) -> Any:
+    return forward
 
 
 def _own_forward(module: nn.Module) -> Any:

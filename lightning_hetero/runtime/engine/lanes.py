@@ -27,8 +27,8 @@ class Lane:
 
     Attributes:
         index: Index of the micro-batch.
-        anchor: A leaf that every cut of this lane's graph depends on. Without it autograd would leave out units
-            whose inputs need no gradient.
+        anchor: A leaf that every cut of a lane's graph depends on. Without it autograd would leave out units whose
+            inputs need no gradient. All lanes share it: nobody looks at its gradient.
         stream: Random numbers of the lane's own code; None if it draws none.
         trace: Numbers of the units that were called, in order.
         units: The calls of units that have a graph, in order.
@@ -40,6 +40,8 @@ class Lane:
         gradients: Gradients of `inputs`, once they are known.
         in_backward: Whether the backward of the whole lane runs.
     """
+
+    anchor = torch.zeros((), device="cpu", requires_grad=True)
 
     def __init__(self, call: Call, index: int) -> None:
         self._call = weakref.ref(call)
@@ -65,7 +67,6 @@ class Lane:
 
     def begin(self) -> None:
         """Forget what an earlier run has left."""
-        self.anchor: Tensor = torch.zeros((), device="cpu", requires_grad=True)
         self.trace = []
         self.inputs = []
         self.drop_graph()

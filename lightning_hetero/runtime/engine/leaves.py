@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 # The class of the nodes that accumulate into leaves; torch does not name it.
-_ACCUMULATE = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+_ACCUMULATE: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
 
 def walk(outputs: Iterable[Tensor], known: Sequence[Tensor] = ()) -> tuple[list[GradientEdge], list[Tensor], set[Node]]:
@@ -26,27 +27,23 @@ def walk(outputs: Iterable[Tensor], known: Sequence[Tensor] = ()) -> tuple[list[
         The edges to the graph's leaves, the leaves, and all inner nodes. A backward is asked for edges and not for
         leaves: a leaf that was frozen in between would be refused, its edge is not.
     """
-    skip = set(map(id, known))
+    known_ids = set(map(id, known))
     edges: list[GradientEdge] = []
     leaves: list[Tensor] = []
     todo: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen: set[Any] = set(todo)
-    ends: list[Any] = []
+    inner: set[Any] = set(todo)
     while todo:
-        node = todo.pop()
-        if type(node) is _ACCUMULATE:
-            ends.append(node)
-            accumulate: Any = node
-            leaf: Tensor = accumulate.variable
-            if id(leaf) not in skip:
-                edges.append(GradientEdge(node, 0))
-                leaves.append(leaf)
-            continue
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                todo.append(following)
-    return edges, leaves, seen.difference(ends)
+        for node, _ in todo.pop().next_functions:
+            if type(node) is _ACCUMULATE:
+                leaf: Tensor = node.variable
+                if id(leaf) not in known_ids:
+                    known_ids.add(id(leaf))
+                    edges.append(GradientEdge(node, 0))
+                    leaves.append(leaf)
+            elif node is not None and node not in inner:
+                inner.add(node)
+                todo.append(node)
+    return edges, leaves, inner
 
 
 def gradients(
@@ -106,7 +103,9 @@ class OrderedSums:
             found: Their gradients.
         """
         with self._lock:
-            known = self._sources.setdefault(source, _Source())
+            known = self._sources.get(source)
+            if known is None:
+                known = self._sources[source] = _Source()
             known.waiting.setdefault(lane, []).append((number, leaves, found))
             self._settle_one(source, known)
 
@@ -116,7 +115,7 @@ class OrderedSums:
         for _, source in sorted(self._sources.items(), key=lambda item: repr(item[0])):
             for leaf, total in source.sums.items():
                 known = totals.get(leaf)
-                totals[leaf] = total if known is None else known + total
+                totals[leaf] = total if known is None else _plus(known, total)
         return totals
 
     def clear(self) -> None:
@@ -128,8 +127,8 @@ class OrderedSums:
             self._settle_one(name, source)
 
     def _settle_one(self, name: Hashable, source: _Source) -> None:
-        while (lane := source.next_lane) in self._expected:
-            if len(source.waiting.get(lane, ())) < self._expected[lane][name] and lane not in self._ended:
+        while (expected := self._expected.get(lane := source.next_lane)) is not None:
+            if lane not in self._ended and len(source.waiting.get(lane, ())) < expected[name]:
                 return
             source.take(lane)
 
@@ -145,7 +144,8 @@ class _Source:
 
     def take(self, lane: int) -> None:
         """Add what has come for a lane, and go on to the next lane."""
-        for _, leaves, found in sorted(self.waiting.pop(lane, ()), key=lambda item: item[0]):
+        come = self.waiting.pop(lane, ())
+        for _, leaves, found in sorted(come, key=itemgetter(0)) if len(come) > 1 else come:
             self._sum(leaves, found)
         self.next_lane = lane + 1
 
@@ -157,9 +157,13 @@ class _Source:
             known = self.sums.get(key)
             if known is None:
                 self.sums[key] = gradient
-            elif key in self._ours and not gradient.is_sparse:
+            elif key in self._ours and not known.is_sparse:
                 known.add_(gradient)
             else:
                 # Autograd may hand out one tensor for two leaves (of y = a + b), so the first sum is a new tensor.
-                self.sums[key] = known + gradient
+                self.sums[key] = _plus(known, gradient)
                 self._ours.add(key)
+
+
+def _plus(a: Tensor, b: Tensor) -> Tensor:
+    return b + a if a.is_sparse and not b.is_sparse else a + b  # torch adds a sparse tensor to a dense one only

@@ -15,6 +15,7 @@ graph; the backward of a lane runs its forward once more, and only a few lanes a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,9 +56,10 @@ class RegionTask:
         given: The inputs.
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the region's own code, outside of units, draws random numbers.
-        checks_capture: Whether to look for tensors that came into the region by another way than its inputs.
         deferred: Batch normalisations that use the statistics of micro-batches.
         rematerialized: The parameters of a region whose forward is to keep no graph; None keeps it.
+        traced: Places of the outputs that have a graph; only needed with `rematerialized`.
+        buffers: The buffers of the region.
     """
 
     number: int
@@ -69,9 +71,10 @@ class RegionTask:
     given: Tree
     seed: int | None
     own_code_draws: bool
-    checks_capture: bool
     deferred: Deferred
     rematerialized: Sequence[Tensor] | None
+    traced: Sequence[int] | None
+    buffers: Sequence[Tensor]
 
 
 class RegionCall(Call):
@@ -89,20 +92,23 @@ class RegionCall(Call):
             name=task.name,
             micro_batches=len(task.rows),
             seed=task.seed,
-            checks_capture=task.checks_capture,
+            checks_capture=task.rematerialized is None,
         )
         self.task = task
+        self.thread = threading.get_ident()
         self.backward_runs = False
         self._offsets = offsets(task.rows)
         # Inputs that need a gradient, by place: cut ones get theirs joined, whole ones theirs added up.
         self._needed = [place for place, t in enumerate(task.given.tensors) if self._state.records and t.requires_grad]
-        self._versions = [version_of(tensor) for tensor in task.given.tensors]
+        # What a second run of the forward needs as it is now.
+        self._needed_again = [*task.given.tensors, *(task.rematerialized or ())]
+        self._versions = [version_of(tensor) for tensor in self._needed_again]
         self._parameters: list[Tensor] = list(task.rematerialized or ())
         self._traced: list[int] = []  # places of outputs that have a graph
         self.columns: list[list[Tensor]] = []
         self._spent = False
         self._differentiated: tuple[Tensor | None, ...] | None = None
-        self._random_states: dict[torch.device, Tensor] = {}
+        self._draws_again = False
         self._during_backward = ExitStack()
 
     # Forward
@@ -119,9 +125,15 @@ class RegionCall(Call):
         def work(lane: Lane) -> None:
             outputs[lane.index] = self._state.run(lambda: self._lane_forward(lane, records))
 
+        versions = [version_of(buffer) for buffer in self.task.buffers]
         with self.task.deferred.collecting():
             self._start(work, len(self._lanes))
             self._finish()
+            if versions != [version_of(buffer) for buffer in self.task.buffers]:
+                raise RuntimeError(
+                    f"{self.name} has changed a buffer for each of its micro-batches, which it did not do in its "
+                    "trial. The buffer is not what it would be on one device. Set micro_batches=1."
+                )
         return self._join(outputs)
 
     def _lane_forward(self, lane: Lane, records: bool) -> Any:
@@ -148,7 +160,7 @@ class RegionCall(Call):
             place
             for place, column in enumerate(join.columns)
             if self._state.records
-            and (column[0].is_floating_point() if again else any(part.requires_grad for part in column))
+            and (place in (self.task.traced or ()) if again else any(part.requires_grad for part in column))
         ]
         results = [column[0] if place in self._traced else joined(column) for place, column in enumerate(join.columns)]
         if self._traced:
@@ -204,6 +216,8 @@ class RegionCall(Call):
         if self.backward_runs:
             raise RuntimeError(f"the backward of {self.name} is running already")
         again = self.task.rematerialized is not None
+        if again:
+            self._check_versions()
         # Outputs that this loss does not use may be part of another one.
         keep = keeps_graph() or any(gradient is None for gradient in given)
         self._spent = not keep
@@ -215,8 +229,9 @@ class RegionCall(Call):
         self._mute(self._parameters)
         self.engine.running.add(self)
         if again:
-            self._check_versions()
-            self._random_states = self.generators.states() if self.seed is not None else {}
+            if self.seed is not None:
+                self.generators.begin()
+                self._draws_again = True
             self._during_backward.enter_context(self.task.deferred.untouched())
         in_flight = self.engine.lanes_again if again else len(self._lanes)
         self._start(lambda lane: self._lane_backward(lane, given), in_flight)
@@ -285,9 +300,11 @@ class RegionCall(Call):
         finally:
             self._backward_ends()
         totals = self.sums.totals()
+        self.sums.clear()  # autograd would copy gradients that somebody else holds
         inputs = self.task.given.tensors
+        # A whole input that was passed twice has one sum.
         of_inputs = [
-            self._joined_gradient(position) if place in self._cut else totals.get(id(inputs[place]))
+            self._joined_gradient(position) if place in self._cut else totals.pop(id(inputs[place]), None)
             for position, place in enumerate(self._needed)
         ]
         for lane in self._lanes:
@@ -331,9 +348,10 @@ class RegionCall(Call):
             )
 
     def _check_versions(self) -> None:
-        if self._versions != [version_of(tensor) for tensor in self.task.given.tensors]:
+        if self._versions != [version_of(tensor) for tensor in self._needed_again]:
             raise RuntimeError(
-                f"an input of {self.name} was changed in place after the call, but the backward needs it as it was"
+                f"an input or parameter of {self.name} was changed in place after the call, but the backward needs it "
+                "as it was"
             )
 
     # Both ways
@@ -347,8 +365,9 @@ class RegionCall(Call):
         self.backward_runs = False
         self._unmute()
         self._during_backward.close()
-        self.generators.restore(self._random_states)
-        self._random_states = {}
+        if self._draws_again:
+            self._draws_again = False
+            self.generators.end()
         self.engine.running.discard(self)
 
 

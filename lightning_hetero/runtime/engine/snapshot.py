@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from typing import Any
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor, nn
 
-CONTAINERS = (list, dict, set, deque)
+from lightning_hetero.runtime.engine import contents
+from lightning_hetero.runtime.engine.contents import Thing
+from lightning_hetero.runtime.engine.names import names_of
+from lightning_hetero.runtime.engine.watch import HOOKS
+
 # What torch itself keeps in a module, or keeps elsewhere in this snapshot.
 _IGNORED = frozenset(
     {
@@ -23,25 +25,65 @@ _IGNORED = frozenset(
         "training",
     }
 )
+_REGISTRIES = {"_buffers": "buffer", "_parameters": "parameter", "_modules": "module"}
+_EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
+_MOST_QUICKLY = 500  # things looked at after every operation
+_MISSING = object()
 
 
 class Snapshot:
-    """Buffers, versions of parameters, and attributes of a module and all modules below it.
+    """Buffers, versions of parameters, and attributes of a module and all modules below it, and what is inside.
 
     Args:
         module: The module.
+
+    Attributes:
+        modules: Names and modules: those below the module, and those that hide in its attributes.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.named_modules())
-        self._buffers = [
-            [(name, buffer, None if buffer is None else buffer.detach().clone()) for name, buffer in m._buffers.items()]
-            for _, m in self._modules
-        ]
-        self._versions = [(name, parameter, parameter._version) for name, parameter in module.named_parameters()]
+        self.modules: list[tuple[str, nn.Module]] = list(module.named_modules())
+        self._inside: list[Thing] = []
+        self._look_inside()
+        self._outside = list(names_of({type(each) for _, each in self.modules}))
+        self._inside += [thing for each in self._outside for thing in each.things]
         self._attributes = [
-            {key: kept(value) for key, value in m.__dict__.items() if key not in _IGNORED} for _, m in self._modules
+            {key: value for key, value in each.__dict__.items() if key not in _IGNORED} for _, each in self.modules
         ]
+        self._sizes = [len(each.__dict__) for _, each in self.modules]
+        # Those of a scripted module are in C++: other objects at every look.
+        self._registries = [
+            {} if isinstance(each, torch.jit.ScriptModule) else {key: dict(getattr(each, key)) for key in _REGISTRIES}
+            for _, each in self.modules
+        ]
+        self._buffers = [
+            Thing(_called(name, each), key, buffer, contents.content(buffer, may_be_large=True))
+            for name, each in self.modules
+            for key, buffer in each._buffers.items()
+            if buffer is not None
+        ]
+        self._hooks = [
+            Thing(_called(name, each), key, hooks, dict(hooks))
+            for name, each in self.modules
+            for key in HOOKS
+            if (hooks := getattr(each, key)) is not None
+        ]
+        self._versions = [
+            (f"{name}.{key}" if name else key, parameter, contents.version(parameter))
+            for name, each in self.modules
+            for key, parameter in each._parameters.items()
+            if parameter is not None
+        ]
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and parameters."""
+        yield from ((path, parameter) for path, parameter, _ in self._versions)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Parameters, buffers and tensors in attributes."""
+        for _, module in self.modules:
+            yield from (each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None)
+        yield from (thing.value for thing in self._inside if isinstance(thing.value, Tensor))
 
     def put_back(self) -> str | None:
         """Undo changes.
@@ -50,33 +92,63 @@ class Snapshot:
             What was changed, in words that follow "in training it"; None if nothing was.
         """
         change: str | None = None
-        for (name, module), buffers, attributes in zip(self._modules, self._buffers, self._attributes, strict=True):
-            where = name or type(module).__name__
-            scripted = isinstance(module, torch.jit.ScriptModule)  # its buffers are in C++: new objects at every look
-            held = dict(module._buffers.items())
-            for key, buffer, value in buffers:
-                now = buffer if scripted else held.get(key)
-                if now is not buffer or (buffer is not None and not _equal(buffer, value)):
-                    change = f"changes the buffer {key!r} of {where}"
-                    if not scripted:
-                        module._buffers[key] = buffer
-                    if buffer is not None and value is not None:
-                        buffer.copy_(value)
+        for (name, module), before in zip(self.modules, self._registries, strict=True):
+            for registry, members in before.items():
+                now = getattr(module, registry)
+                keys = [key for key in {**members, **now} if now.get(key, _MISSING) is not members.get(key, _MISSING)]
+                if keys:
+                    change = f"changes the {_REGISTRIES[registry]} {keys[0]!r} of {_called(name, module)}"
+                    now.clear()
+                    now.update(members)
+        for thing in self._buffers:
+            if not contents.is_same(thing.value, thing.content):
+                change = f"changes the buffer {thing.key!r} of {thing.module}"
+                contents.put_back(thing.value, thing.content)
+        for (name, module), attributes in zip(self.modules, self._attributes, strict=True):
             for key in [key for key in module.__dict__ if key not in _IGNORED and key not in attributes]:
-                change = f"sets the attribute {key!r} of {where}"
+                change = f"sets the attribute {key!r} of {_called(name, module)}"
                 del module.__dict__[key]
-            for key, (value, kept) in attributes.items():
-                if key not in module.__dict__ or module.__dict__[key] is not value or not unchanged(value, kept):
-                    change = f"changes the attribute {key!r} of {where}"
-                    _restore(value, kept)
+            for key, value in attributes.items():
+                if module.__dict__.get(key, _MISSING) is not value:
+                    change = f"changes the attribute {key!r} of {_called(name, module)}"
                     module.__dict__[key] = value
-        for name, parameter, version in self._versions:
-            if parameter._version != version:
-                change = f"changes the parameter {name!r}"
+        for thing in (*self._inside, *self._hooks):
+            if not contents.is_same(thing.value, thing.content):
+                change = f"changes the attribute {thing.key!r} of {thing.module}"
+                contents.put_back(thing.value, thing.content)
+        for bound in self._outside:
+            if bound.put_back():
+                change = f"changes {bound.where}"
+        for path, parameter, version in self._versions:
+            if contents.version(parameter) != version:
+                change = f"changes the parameter {path!r}"
         return change
 
-    def change_below(self, ignored: set[int]) -> str | None:
-        """What was changed in modules below the root and in lists and the like of the root; nothing is put back.
+    def change_so_far(self, only: Container[int] | None = None) -> str | None:
+        """What is different at this moment, found quickly: for a look in between, after which it may be as it was.
+
+        Args:
+            only: `id` of the modules to look at; None looks at all.
+
+        Returns:
+            Words as those of `put_back`; None if nothing is different.
+        """
+        for (name, module), attributes, size in zip(self.modules, self._attributes, self._sizes, strict=True):
+            if only is not None and id(module) not in only:
+                continue
+            now = module.__dict__
+            if len(now) != size:
+                return f"sets an attribute of {_called(name, module)}"
+            for key, value in attributes.items():
+                if key not in _EVERY_MODULE_HAS and now.get(key, _MISSING) is not value:
+                    return f"changes the attribute {key!r} of {_called(name, module)}"
+        for thing in self._inside[:_MOST_QUICKLY]:
+            if not contents.is_same(thing.value, thing.content, quickly=True):
+                return f"changes the attribute {thing.key!r} of {thing.module}"
+        return None
+
+    def change_below(self, ignored: Container[int]) -> str | None:
+        """What was changed in modules below the root and inside attributes of the root; nothing is put back.
 
         Args:
             ignored: `id` of modules that are not looked at.
@@ -84,53 +156,39 @@ class Snapshot:
         Returns:
             Words that follow "because"; None if nothing was changed. Buffers are not looked at.
         """
-        for depth, ((name, module), attributes) in enumerate(zip(self._modules, self._attributes, strict=True)):
-            if id(module) in ignored:
+        names = {_called(name, module) for name, module in self.modules if id(module) in ignored}
+        for depth, ((name, module), attributes) in enumerate(zip(self.modules, self._attributes, strict=True)):
+            if depth == 0 or id(module) in ignored:
                 continue
-            for key, (value, copied) in attributes.items():
-                if depth and module.__dict__.get(key) is not value:
+            for key, value in attributes.items():
+                if module.__dict__.get(key, _MISSING) is not value:
                     return f"{name}.{key} is set"
-                if isinstance(value, (*CONTAINERS, Tensor)) and not unchanged(value, copied):
-                    return f"the content of {name + '.' if name else 'self.'}{key} is changed"
-            if depth and any(key not in attributes for key in module.__dict__ if key not in _IGNORED):
+            if any(key not in attributes for key in module.__dict__ if key not in _IGNORED):
                 return f"{name} gets a new attribute"
+        for thing in self._inside:
+            if thing.module not in names and not contents.is_same(thing.value, thing.content):
+                owner = "self" if thing.module == _called(*self.modules[0]) else thing.module
+                return f"the content of {owner}.{thing.key} is changed"
         return None
 
-
-def kept(value: Any) -> tuple[Any, Any]:
-    """A value, and what is needed to see and undo changes inside it."""
-    if isinstance(value, Tensor):
-        return value, value.detach().clone()
-    if isinstance(value, CONTAINERS):
-        return value, copy.copy(value)
-    return value, None
-
-
-def unchanged(value: Any, kept: Any) -> bool:
-    """Whether what is inside a value is what `kept` has kept of it."""
-    if isinstance(value, Tensor):
-        return _equal(value, kept)
-    if isinstance(value, dict):
-        return value.keys() == kept.keys() and all(value[key] is kept[key] for key in kept)
-    if isinstance(value, (list, deque)):
-        return len(value) == len(kept) and all(a is b for a, b in zip(value, kept, strict=True))
-    if isinstance(value, set):
-        return bool(value == kept)
-    return True
+    def _look_inside(self) -> None:
+        """Find what is inside of attributes, and modules that are not registered but in a list, say."""
+        known, seen = {id(each) for _, each in self.modules}, set[int]()
+        for name, module in self.modules:  # grows on the way
+            for key, value in module.__dict__.items():
+                if key in _IGNORED or key in _EVERY_MODULE_HAS:
+                    continue
+                for found in contents.things(_called(name, module), key, value, seen):
+                    if isinstance(found, Thing):
+                        self._inside.append(found)
+                    elif id(found) not in known:
+                        parts = list(found.named_modules())
+                        if any(part is self.modules[0][1] for _, part in parts):
+                            parts = [("", found)]  # a module above this one: what else is in it is not called from here
+                        new = [(f"{key}.{path}".rstrip("."), part) for path, part in parts if id(part) not in known]
+                        self.modules += new
+                        known.update(id(part) for _, part in new)
 
 
-def _restore(value: Any, kept: Any) -> None:
-    if isinstance(value, Tensor):
-        if not _equal(value, kept):
-            value.detach().copy_(kept)
-    elif isinstance(value, (list, deque)):
-        value.clear()
-        value.extend(kept)
-    elif isinstance(value, (dict, set)):
-        value.clear()
-        value.update(kept)
-
-
-def _equal(a: Tensor, b: Any) -> bool:
-    # Bit patterns, so that a nan is equal to itself.
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+def _called(name: str, module: nn.Module) -> str:
+    return name or type(module).__name__

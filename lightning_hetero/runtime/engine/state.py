@@ -56,14 +56,14 @@ class ThreadState:
         """The dtypes that autocast computes in; empty if it is off."""
         return [dtype for _, dtype in self._autocast]
 
-    def run(self, function: Callable[[], Result]) -> Result:
+    def run(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Call `function` in this thread as if it were the one that was captured."""
         if self._inference:
             with torch.inference_mode():
-                return self._run(function)
-        return self._run(function)
+                return self._run(function, args, kwargs)
+        return self._run(function, args, kwargs)
 
-    def _run(self, function: Callable[[], Result]) -> Result:
+    def _run(self, function: Callable[..., Result], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
         grad = torch.is_grad_enabled()
         depth = frames.depth()
         torch._C._set_grad_enabled(self._grad)
@@ -79,7 +79,7 @@ class ThreadState:
         if self._frame is not None:
             frames.push(Frame(self._frame.owner, self._frame.device, self._frame.chain))
         try:
-            return self._context.copy().run(function)
+            return self._context.copy().run(function, *args, **kwargs)
         finally:
             frames.cut_to(depth)
             if self._saved is not None:
@@ -91,6 +91,24 @@ class ThreadState:
             if self._autocast:
                 torch.set_autocast_cache_enabled(True)
             torch._C._set_grad_enabled(grad)
+
+
+def saves_otherwise() -> bool:
+    """Whether hooks decide now what autograd saves, as in activation checkpointing."""
+    return _autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def has_global_hooks() -> bool:
+    """Whether user code has put hooks on all modules at once, which would see parts of a batch."""
+    module = torch.nn.modules.module
+    return any(
+        (
+            module._global_forward_hooks,
+            module._global_forward_pre_hooks,
+            module._global_backward_hooks,
+            module._global_backward_pre_hooks,
+        )
+    )
 
 
 def stays_in_its_thread() -> str | None:

@@ -10,7 +10,7 @@ backward: it may clear gradients in between, scale the loss, or accumulate over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from lightning_hetero.runtime.engine.region import OWN_CODE
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.turnstile import Turnstile
+from lightning_hetero.schedule import Op
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.cut import Unit
@@ -46,6 +47,7 @@ class StepTask:
         rows: Rows of each micro-batch.
         scale: What the loss will be multiplied with before the host's backward.
         in_flight: How many micro-batches may be under way at once.
+        places: In what order a device does what is there: the lowest place of (stage, op, micro-batch) first.
         forwards_first: Whether no backward begins before the last forward has ended.
         leaves: The parameters that may get gradients.
         seed: Where random numbers begin; None if none are drawn.
@@ -56,6 +58,7 @@ class StepTask:
     rows: Sequence[int]
     scale: float
     in_flight: int
+    places: Mapping[tuple[int, Op, int], int]
     forwards_first: bool
     leaves: Sequence[nn.Parameter]
     seed: int | None = None
@@ -107,6 +110,10 @@ class StepCall(Call):
                 yield
         finally:
             lane.stream.resume()
+
+    def place(self, op: Op, unit: Unit, lane: Lane) -> int:
+        """Place of a task on its device: that of the schedule."""
+        return self._task.places[unit.stage, op, lane.index]
 
     def in_lanes(self) -> None:
         """Run all micro-batches at the same time.

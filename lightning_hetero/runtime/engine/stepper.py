@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from lightning_hetero.runtime.engine.step import StepCall, StepTask
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
 from lightning_hetero.runtime.engine.verdict import Watch
-from lightning_hetero.schedule import Schedule, bounds
+from lightning_hetero.schedule import Op, Schedule, bounds
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
@@ -103,6 +103,7 @@ class Stepper:
         self._gates = [Gate(each) for each in gated]
         self._gated = {id(part) for each in gated for part in each.modules()}
         self._modes: dict[Any, _Mode] = {}
+        self._tables: dict[int, Mapping[tuple[int, Op, int], int]] = {}
         for gate in self._gates:
             gate.install()
 
@@ -191,12 +192,23 @@ class Stepper:
             rows=step.rows,
             scale=scale,
             in_flight=bounds(self._schedule, self._engine.pipeline(len(step.rows)))[0],
+            places=self._places(len(step.rows)),
             forwards_first=self._schedule.all_forwards_first,
             leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],
             seed=int(torch.randint(1 << 62, (), device="cpu")) if drawn else None,
             own_code_draws=mode.own_code_draws,
         )
         return StepCall(self._engine, self._engine.next_call(), task)
+
+    def _places(self, micro_batches: int) -> Mapping[tuple[int, Op, int], int]:
+        """The schedule as a table, made once."""
+        if micro_batches not in self._tables:
+            pipeline = self._engine.pipeline(micro_batches)
+            self._tables[micro_batches] = {
+                (action.stage, action.op, action.micro_batch): self._schedule.priority(action, pipeline)
+                for action in pipeline.actions()
+            }
+        return self._tables[micro_batches]
 
     def _run_beside_the_others(self, index: int, step: _Step) -> Any:
         twin = twin_of(self._module, self._own(index, step))

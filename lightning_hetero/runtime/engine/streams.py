@@ -25,6 +25,23 @@ class Generators:
 
     def __init__(self, devices: list[torch.device]) -> None:
         self.of = {device: Generator(device) for device in dict.fromkeys(devices)}
+        self._lock = threading.Lock()
+        self._users = 0
+        self._kept: dict[torch.device, Tensor] = {}
+
+    def begin(self) -> None:
+        """Lanes are about to draw: keep what user code will go on with."""
+        with self._lock:
+            if self._users == 0:
+                self._kept = self.states()
+            self._users += 1
+
+    def end(self) -> None:
+        """They are done. States are put back by the last: others may be in the middle of their numbers."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self.restore(self._kept)
 
     def states(self) -> dict[torch.device, Tensor]:
         """The state of every generator."""
@@ -35,10 +52,10 @@ class Generators:
         for device, state in states.items():
             self.of[device].set(state)
 
-    def drawn_since(self, states: dict[torch.device, Tensor]) -> bool:
-        """Whether anything was drawn since `states` was made."""
+    def drawn_since(self, states: dict[torch.device, Tensor]) -> set[torch.device]:
+        """The devices on which anything was drawn since `states` was made."""
         with torch._C.DisableTorchFunction():  # a trial watches what user code compares, not this
-            return any(not torch.equal(self.of[device].get(), state) for device, state in states.items())
+            return {device for device, state in states.items() if not torch.equal(self.of[device].get(), state)}
 
 
 class Generator:

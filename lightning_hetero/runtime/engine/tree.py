@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -21,6 +21,9 @@ _PLAIN = (
 )  # fmt: skip
 
 
+_ONLY_TENSORS = {Tensor}
+
+
 class Tree:
     """A structure of lists, tuples, mappings and dataclasses, with the tensors taken out.
 
@@ -30,14 +33,16 @@ class Tree:
     Attributes:
         tensors: The tensors in order; one that stands in two places occurs twice.
         values: The other values in order.
-        opaque: An object of a class unknown here that may hold tensors out of sight; None if there is none.
+        form: Class and keys of every container, and where tensors are.
+        opaque: An object that may hold tensors out of sight; None if there is none.
     """
 
-    __slots__ = ("_build", "opaque", "tensors", "values")
+    __slots__ = ("_build", "form", "opaque", "tensors", "values")
 
     def __init__(self, obj: Any) -> None:
         self.tensors: list[Tensor] = []
         self.values: list[Any] = []
+        self.form: list[tuple[type, Any]] = []
         self.opaque: Any = None
         self._build: Build = self._take(obj)
 
@@ -49,30 +54,44 @@ class Tree:
         if isinstance(obj, Tensor):
             index = len(self.tensors)
             self.tensors.append(obj)
+            self.form.append((Tensor, 1))
             return itemgetter(index)
         kind = type(obj)
-        if kind is tuple and all(type(item) is Tensor for item in obj):  # the commonest arguments, and outputs
-            first, self.tensors = len(self.tensors), [*self.tensors, *obj]
+        if kind is tuple and set(map(type, obj)) == _ONLY_TENSORS:  # the commonest arguments, and outputs
+            self.form.append((Tensor, (kind, len(obj))))
+            first = len(self.tensors)
+            self.tensors += obj
             last = len(self.tensors)
             return lambda new: tuple(new[first:last])
-        if kind is dict and not obj:
-            return lambda new: {}
-        if kind is tuple or kind is list:
-            items = [self._take(item) for item in obj]
-            return lambda new: kind([item(new) for item in items])
         if isinstance(obj, dict):
+            self.form.append((kind, tuple(obj)))
             fields = {key: self._take(value) for key, value in obj.items()}
+            self._look_behind(obj, obj.values())
             return lambda new: with_values(obj, {key: value(new) for key, value in fields.items()})
-        if isinstance(obj, tuple) and hasattr(obj, "_fields"):
-            parts = [self._take(item) for item in obj]
-            return lambda new: _named_tuple(kind, [part(new) for part in parts])
+        if kind is list or (isinstance(obj, tuple) and _makes_itself(kind)):
+            self.form.append((kind, len(obj)))
+            items = [self._take(item) for item in obj]
+            return lambda new: _sequence(kind, [item(new) for item in items])
         if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-            members = {f.name: self._take(getattr(obj, f.name, None)) for f in dataclasses.fields(obj)}
+            values = {f.name: getattr(obj, f.name, None) for f in dataclasses.fields(obj)}
+            self.form.append((kind, tuple(values)))
+            members = {name: self._take(value) for name, value in values.items()}
+            self._look_behind(obj, values.values())
             return lambda new: with_fields(obj, {name: value(new) for name, value in members.items()})
         self.values.append(obj)
         if not isinstance(obj, _PLAIN) and not callable(obj):
             self.opaque = obj
         return lambda new: obj
+
+    def _look_behind(self, obj: Any, seen: Iterable[Any]) -> None:
+        """Whether a container of a class of its own has attributes beside what it contains."""
+        if type(obj) is dict:
+            return
+        known = set(map(id, seen))
+        if any(
+            id(value) not in known and not isinstance(value, _PLAIN) for value in getattr(obj, "__dict__", {}).values()
+        ):
+            self.opaque = obj
 
 
 def with_values(like: Any, values: dict[Any, Any]) -> Any:
@@ -86,8 +105,13 @@ def with_values(like: Any, values: dict[Any, Any]) -> Any:
     return result
 
 
-def _named_tuple(kind: Any, items: list[Any]) -> Any:
-    return kind(*items)
+def _makes_itself(kind: type) -> bool:
+    """Whether it is tuple, a named tuple, or one of torch's own kind (what `max` returns)."""
+    return kind is tuple or hasattr(kind, "_fields") or hasattr(kind, "n_sequence_fields")
+
+
+def _sequence(kind: Any, items: list[Any]) -> Any:
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
 
 
 def with_fields(like: Any, values: dict[str, Any]) -> Any:

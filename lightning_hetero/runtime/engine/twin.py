@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_hetero.runtime.engine.snapshot import CONTAINERS
+from lightning_hetero.runtime.engine.contents import CONTAINERS
 
 # Kept by torch, and the same objects for all twins.
 _SHARED = frozenset({"_parameters", "_buffers", "_modules"})

@@ -1,8 +1,9 @@
 """Whether a region may be cut into micro-batches, found out by a trial on the first real batch.
 
 A region may be cut only if that changes nothing: each row of the output depends on the same row of the input. The
-trial runs the region once as it is and once in two parts, without gradients, and compares. It leaves no trace: random
-generators, buffers, attributes and the modes of modules are put back.
+trial runs the region as it is, in two parts, and with other rows beside the same ones, and compares outputs; then it
+compares the gradients of a few rows. It leaves no trace: random generators, buffers, attributes and the modes of
+modules are put back.
 
 What a comparison of numbers cannot show is looked for in other ways: values read into Python (`if h.sum() > 0`), state
 that is changed, hooks of user code that would see parts of a batch.
@@ -10,51 +11,40 @@ that is changed, hooks of user code that would see parts of a batch.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.batch import Cut, Join, candidates, joined
 from lightning_hetero.runtime.engine.batch_norm import Deferred, can_defer, uses_batch
+from lightning_hetero.runtime.engine.comparison import close, same, with_other_rows
 from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.gradient_trial import GradientTrial
+from lightning_hetero.runtime.engine.observer import Observer
+from lightning_hetero.runtime.engine.owned import Owned
+from lightning_hetero.runtime.engine.refused import methods_refused
 from lightning_hetero.runtime.engine.snapshot import Snapshot
+from lightning_hetero.runtime.engine.sources import OtherSources
+from lightning_hetero.runtime.engine.state import saves_otherwise
+from lightning_hetero.runtime.engine.steady import Steady
 from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.hooks import Hook
+from lightning_hetero.runtime.engine.watch import Watch, has_hooks
 from lightning_hetero.runtime.transfer import version_of
+
+__all__ = ["ONE_ROW", "Trial", "Verdict", "Watch"]
 
 Run = Callable[..., Any]
 
-# Functions that turn the content of a tensor into something that Python decides by.
-_READS = frozenset(
-    {
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__complex__",
-        "__index__",
-        "__contains__",
-        "__array__",
-        "allclose",
-        "equal",
-        "is_nonzero",
-        "item",
-        "numpy",
-        "tolist",
-    }
-)
-# Hooks that run when the module is called, or that see its gradients.
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
 ONE_ROW = "the batch has one row"
+_COUPLED = "its rows depend on each other"
 
 
 @dataclass(frozen=True)
@@ -65,87 +55,15 @@ class Verdict:
         cut: Where to cut; None if the region has to run whole.
         reason: Why it has to run whole, in words that follow "because".
         draws: Whether the region draws random numbers.
+        traced: Places of the outputs that have a graph where gradients are recorded; None if that was not looked at.
+        final: Whether another trial would find the same. A module may fill a cache at its first call.
     """
 
     cut: Cut | None
     reason: str = ""
     draws: bool = False
-
-
-class Watch:
-    """Sees, during a trial, who draws random numbers (units, or the code between them), and who changes its inputs.
-
-    Args:
-        generators: The default generators of all devices of the plan.
-
-    Attributes:
-        units: The units that drew.
-        own_code: Whether the region's own code did.
-        changer: Name of a unit that changed its input in place; None if none did.
-    """
-
-    def __init__(self, generators: Generators) -> None:
-        self._generators = generators
-        self._states = generators.states()
-        self._depth = 0
-        self._over = False
-        self.units: list[Watched] = []
-        self.own_code = False
-        self.changer: str | None = None
-
-    @contextmanager
-    def unit(self, unit: Watched, inputs: Any) -> Iterator[None]:
-        """What is drawn within the block is drawn by `unit`, or by the unit around it."""
-        if self._over or self._depth:
-            yield
-            return
-        self.own_code = self._drawn() or self.own_code
-        self._depth += 1
-        tensors = Tree(inputs).tensors
-        versions = [version_of(tensor) for tensor in tensors]
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if self._drawn():
-                self.units.append(unit)
-            if versions != [version_of(tensor) for tensor in tensors]:
-                self.changer = unit.name
-
-    def end(self) -> None:
-        """Watch no more: what follows is done for comparison only."""
-        self.own_code = self._drawn() or self.own_code
-        self._over = True
-
-    @property
-    def any(self) -> bool:
-        """Whether anybody draws."""
-        return self.own_code or bool(self.units)
-
-    def _drawn(self) -> bool:
-        drawn = self._generators.drawn_since(self._states)
-        if drawn:
-            self._states = self._generators.states()
-        return drawn
-
-
-class Watched(Protocol):
-    """A unit, as far as a trial goes."""
-
-    name: str
-    draws: bool
-
-
-class _Reads(TorchFunctionMode):
-    """Notes functions that read a tensor's content into Python."""
-
-    name = ""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _READS:
-            self.name = name
-        return func(*args, **(kwargs or {}))
+    traced: tuple[int, ...] | None = None
+    final: bool = True
 
 
 class Trial:
@@ -155,9 +73,10 @@ class Trial:
         module: The region.
         run: Runs it whole, in connected mode.
         generators: The default generators of all devices of the plan.
-        forbidden: Names of methods of the module, such as `log`, that must be called once per batch only.
+        forbidden: Names of methods, such as `log`, that must be called once per batch only.
         watch: To which units report.
         defers: Whether batch normalisations may use the statistics of micro-batches.
+        root: The model that has these methods, if it is another module than the region.
     """
 
     def __init__(
@@ -168,13 +87,21 @@ class Trial:
         forbidden: Sequence[str],
         watch: Watch,
         defers: bool = False,
+        root: nn.Module | None = None,
     ) -> None:
         self._module = module
         self._run = run
         self._generators = generators
         self._forbidden = forbidden
+        self._callers = [module] if root is None or root is module else [module, root]
         self._watch = watch
         self._defers = defers
+        self._own = {id(part) for part in _own_modules(module)}
+        self._owned = Owned(())
+        self._in_between: str | None = None  # what was changed at some moment
+        self._saves_otherwise = False
+        self._records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        self._traced: tuple[int, ...] | None = None
 
     def verdict(self, args: tuple[Any, ...], kwargs: dict[str, Any], precision: Sequence[torch.dtype]) -> Verdict:
         """Find out.
@@ -185,138 +112,186 @@ class Trial:
             precision: Dtypes that autocast computes in.
         """
         given = Tree((args, kwargs))
-        reason = self._visible_reason(given)
-        if reason is not None:
-            return Verdict(None, reason)
-        snapshot = Snapshot(self._module)
-        states = self._generators.states()
-        change: str | None = None
-        try:
-            with (
-                _methods_refused(self._module, self._forbidden),
-                frames.random_numbers_arranged(),
-                torch.no_grad(),
-                warnings.catch_warnings(),
-            ):
-                warnings.simplefilter("ignore")  # the run that counts says it again
-                found = self._try(given, precision)
-        except CannotCutError as refused:
-            found = Verdict(None, str(refused))
-        finally:
-            self._generators.restore(states)
-            with torch.no_grad():
-                change = snapshot.put_back()
-        return found if change is None else Verdict(None, f"its forward {change}")
-
-    def _visible_reason(self, given: Tree) -> str | None:
+        cuts = candidates(given.tensors)
+        worth = [cut for cut in cuts if (cut.rows(given.tensors) or 0) > 1]
         if given.opaque is not None:
-            return f"it is called with a {type(given.opaque).__name__}, which cannot be cut"
-        for name, module in self._module.named_modules():
+            return Verdict(None, f"it is called with a {type(given.opaque).__name__}, which cannot be cut")
+        if not worth:
+            return Verdict(None, ONE_ROW, final=False) if cuts else Verdict(None, "none of its inputs is a batch")
+        states, others = self._generators.states(), OtherSources()
+        norms = [module for module in self._module.modules() if uses_batch(module)]
+        with methods_refused(self._callers, self._forbidden) as refused, Deferred(norms).untouched():
+            snapshot = Snapshot(self._module)
+            reason = self._visible_reason(snapshot)
+            if reason is not None:
+                return Verdict(None, reason)
+            self._owned = Owned(snapshot.parameters())
+            try:
+                found = self._try(given, worth, snapshot, norms, precision)
+            except CannotCutError as error:
+                found = Verdict(None, str(error))
+            except Exception as error:  # if it is not the trial's fault, the run that counts raises it again
+                found = Verdict(None, f"a trial run of it failed ({type(error).__name__}: {error})", final=False)
+            finally:
+                self._generators.restore(states)
+                drawn = others.put_back()
+                self._owned.put_back()
+                with torch.no_grad():
+                    change = snapshot.put_back()
+        if refused:
+            return Verdict(None, f"its forward calls self.{refused[0]}, which has to happen once for a batch")
+        if drawn is not None:
+            return Verdict(None, f"it {drawn}", final=False)  # perhaps it was another thread
+        if change is not None:
+            return Verdict(None, f"its forward {change}", final=False)
+        if self._in_between is not None:
+            return Verdict(None, f"its forward {self._in_between} for a while")
+        return found
+
+    def _visible_reason(self, snapshot: Snapshot) -> str | None:
+        for name, module in snapshot.modules:
             if uses_batch(module) and not (self._defers and can_defer(module)):
                 return f"{name or 'it'} ({type(module).__name__}) uses the mean and variance of the whole batch"
-            if module is not self._module and _has_hooks(module):
+            if module is not self._module and has_hooks(module):
                 return f"{name} has hooks of user code, which would see parts of a batch"
         return None
 
-    def _try(self, given: Tree, precision: Sequence[torch.dtype]) -> Verdict:
+    def _try(
+        self,
+        given: Tree,
+        cuts: Sequence[Cut],
+        snapshot: Snapshot,
+        norms: Sequence[nn.Module],
+        precision: Sequence[torch.dtype],
+    ) -> Verdict:
         # Copies: a module may change its inputs in place, and a trial must not.
         tensors = [tensor.detach().clone() for tensor in given.tensors]
+        with frames.random_numbers_arranged(), _uncompiled(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run that counts says it again
+            observer = self._observer(tensors, snapshot)
+            reason, whole = self._observe(given, tensors, observer, snapshot)
+            if reason is not None:
+                return Verdict(None, reason)
+            # Without statistics of the batch and with constant random numbers: these are no sign of a coupling.
+            with _evaluating(norms), Steady():
+                if norms or self._watch.any:
+                    whole = self._call(given, tensors)
+                first: str | None = None
+                for cut in cuts:
+                    reason = self._reads_rows(observer, cut) or self._coupling(given, tensors, cut, whole, precision)
+                    if reason is None and self._records:
+                        reason = self._gradient_coupling(given, tensors, cut, precision)
+                    if reason is None:
+                        return Verdict(cut, draws=self._watch.any, traced=self._traced)
+                    first = first or reason
+        assert first is not None
+        return Verdict(None, first)
+
+    def _observe(
+        self, given: Tree, tensors: list[Tensor], observer: Observer, snapshot: Snapshot
+    ) -> tuple[str | None, Any]:
+        """Run the region as it is. Why it cannot be cut, as far as that shows; and its output."""
         versions = [version_of(tensor) for tensor in tensors]
         watch = self._watch
-        reads = _Reads()
-        norms = [module for module in self._module.modules() if uses_batch(module)]
-        with reads, Deferred(norms).untouched():
+        watch.at_border = lambda: self._note(snapshot.change_so_far())
+        with observer:
             whole = self._call(given, tensors)
         watch.end()
-        if reads.name:
-            return Verdict(None, f"its code reads the content of a tensor ({reads.name})")
+        watch.at_border = lambda: None
         if versions != [version_of(tensor) for tensor in tensors]:
-            return Verdict(None, "it changes its input in place")
+            return "it changes its input in place", whole
         if watch.changer is not None:
-            return Verdict(None, f"{watch.changer} changes its input in place")
-        reason = "none of its inputs is a batch"
-        # Without dropout and without statistics of the batch: that they differ is no sign of another coupling.
-        quiet = list(self._module.modules()) if watch.any else norms
-        with _evaluating(quiet):
-            if quiet:
-                whole = self._call(given, tensors)
-            for cut in candidates(tensors):
-                rows = cut.rows(tensors) or 0
-                if rows < 2:
-                    reason = ONE_ROW if rows == 1 else reason
-                    continue
-                try:
-                    difference = self._difference(given, tensors, cut, rows, whole, precision)
-                except CannotCutError as refused:
-                    difference = str(refused)
-                if difference is None:
-                    return Verdict(cut, draws=watch.any)
-                reason = difference
-        return Verdict(None, reason)
+            return f"{watch.changer} changes its input in place", whole
+        if watch.trouble is not None:
+            return watch.trouble, whole
+        if self._owned.written:
+            return f"its forward changes the parameter {self._owned.written[0]!r}", whole
+        change = snapshot.change_so_far()
+        return None if change is None else f"its forward {change}", whole
 
-    def _difference(
-        self, given: Tree, tensors: list[Tensor], cut: Cut, rows: int, whole: Any, precision: Sequence[torch.dtype]
+    def _reads_rows(self, observer: Observer, cut: Cut) -> str | None:
+        for read in observer.reads:
+            if read.sources is None or not read.sources.isdisjoint(cut.positions):
+                return f"its code reads the content of a tensor ({read.function})"
+        return None
+
+    def _coupling(
+        self, given: Tree, tensors: list[Tensor], cut: Cut, whole: Any, precision: Sequence[torch.dtype]
     ) -> str | None:
-        """What tells the parts from the whole; None if nothing does."""
+        """What tells a part from the same rows of the whole; None if nothing does."""
+        rows = cut.rows(tensors) or 0
         first = max(1, rows // 3)
-        sizes = [first, rows - first]
         try:
-            parts = [
-                self._call(given, cut.take(tensors, 0, first)),
-                self._call(given, cut.take(tensors, first, rows)),
-            ]
-        except CannotCutError:
-            raise
+            parts = [self._call(given, cut.take(tensors, *part)) for part in ((0, first), (first, rows))]
+            join = Join(parts, [first, rows - first])
+        except CannotCutError as refused:
+            return str(refused)
         except Exception as error:
             return f"it cannot run on a part of the batch ({type(error).__name__}: {error})"
-        join = Join(parts, sizes)
         expected = Tree(whole)
-        if len(expected.tensors) != len(join.columns):
+        if not join.has_form_of(expected):
             return "what it returns differs between parts of a batch"
-        for column, tensor in zip(join.columns, expected.tensors, strict=True):
-            if not _close(joined(column), tensor, precision):
-                return "its rows depend on each other"
+        if not all(close(joined(c), t, precision) for c, t in zip(join.columns, expected.tensors, strict=True)):
+            return _COUPLED
+        half = rows // 2
+        for start, stop in ((0, half), (half, rows)):
+            other = Tree(self._call(given, with_other_rows(tensors, cut, start, stop)))
+            if other.form != expected.form:
+                return _COUPLED
+            for a, b in zip(other.tensors, expected.tensors, strict=True):
+                kept = slice(stop, rows) if start == 0 else slice(0, start)
+                if a.shape != b.shape or not same(a[kept], b[kept], precision):
+                    return _COUPLED
         return None
+
+    def _gradient_coupling(
+        self, given: Tree, tensors: list[Tensor], cut: Cut, precision: Sequence[torch.dtype]
+    ) -> str | None:
+        """What tells gradients of parts from those of the whole; None if nothing does."""
+
+        def run(leaves: Sequence[Tensor]) -> Any:
+            with Observer(leaves, (), self._owned, self._note_saving):
+                return self._call(given, leaves)
+
+        parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        trial = GradientTrial(run, given.tensors, parameters, precision)
+        try:
+            adds_up = trial.adds_up(tensors, cut, cut.rows(tensors) or 0)
+        except CannotCutError as refused:
+            return str(refused)
+        self._traced = trial.traced
+        if self._saves_otherwise and self._watch.own_code:
+            return "its code draws random numbers under activation checkpointing"
+        return None if adds_up else "the gradients of its rows depend on each other"
 
     def _call(self, given: Tree, tensors: Sequence[Tensor]) -> Any:
         args, kwargs = given.build(tensors)
         return self._run(*args, **kwargs)
 
+    def _observer(self, tensors: Sequence[Tensor], snapshot: Snapshot) -> Observer:
+        return Observer(tensors, snapshot.tensors(), self._owned, lambda: self._note(snapshot.change_so_far(self._own)))
 
-def _close(found: Tensor, expected: Tensor, precision: Sequence[torch.dtype]) -> bool:
-    """Whether two results agree in half of the digits that they were computed with: kernels round differently."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return bool(torch.equal(found, expected))
-    dtypes = [expected.dtype, *precision]
-    tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
-    scale = float(expected.abs().nan_to_num(0.0, 0.0, 0.0).max()) if expected.numel() else 0.0
-    return bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True))
+    def _note(self, change: str | None) -> None:
+        self._in_between = self._in_between or change
+
+    def _note_saving(self) -> None:
+        self._saves_otherwise = self._saves_otherwise or (saves_otherwise() and not self._watch.in_unit)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(not isinstance(hook, Hook) for kind in _HOOKS for hook in getattr(module, kind).values())
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those below it that are in no unit: their code runs in lanes."""
+    yield module
+    for child in module.children():
+        if not hasattr(child.__dict__.get("_compiled_call_impl"), "parts"):
+            yield from _own_modules(child)
 
 
-@contextmanager
-def _methods_refused(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Within the block, the module's methods of these names refuse the cut instead of doing their work."""
-
-    def refuse(name: str) -> Callable[..., None]:
-        def refused(*args: Any, **kwargs: Any) -> None:
-            raise CannotCutError(f"its forward calls self.{name}, which has to happen once for a batch")
-
-        return refused
-
-    shadowed = [name for name in names if hasattr(type(module), name) and name not in module.__dict__]
-    for name in shadowed:
-        module.__dict__[name] = refuse(name)
-    try:
-        yield
-    finally:
-        for name in shadowed:
-            del module.__dict__[name]
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Within the block, what torch.compile has made runs as it was written: it would be compiled for every part."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager

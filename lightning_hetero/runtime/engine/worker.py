@@ -16,7 +16,6 @@ from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.faults import annotated
 
 _WORDS = {"F": "forward", "B": "backward"}
-FORWARD, BACKWARD = 1, 0  # kinds of tasks; the lower goes first, because a backward frees memory
 
 
 class Cancelled(BaseException):
@@ -61,8 +60,8 @@ class Task(NamedTuple):
     """Work for a device, in the order in which the device takes it.
 
     Attributes:
-        kind: FORWARD or BACKWARD.
-        call: Number of the region call that it belongs to.
+        place: Of the tasks that are there, the lowest goes first.
+        call: Number of the call that it belongs to.
         lane: Its micro-batch.
         arrival: Tasks that are equal so far keep their order.
         run: The work.
@@ -70,7 +69,7 @@ class Task(NamedTuple):
         label: What a record calls it, and its unit.
     """
 
-    kind: int
+    place: int
     call: int
     lane: int
     arrival: int
@@ -119,19 +118,19 @@ class Worker(threading.Thread):
         self._ready.wait()
 
     def submit(
-        self, kind: int, call: int, lane: int, run: Callable[[], Any], future: Future, label: tuple[str, str]
+        self, place: int, call: int, lane: int, run: Callable[[], Any], future: Future, label: tuple[str, str]
     ) -> None:
         """Queue a task.
 
         Args:
-            kind: FORWARD or BACKWARD.
-            call: Number of the region call.
+            place: See `Task`.
+            call: Number of the call.
             lane: Index of the micro-batch.
             run: The work; its result or exception goes to `future`.
             future: See `run`.
             label: Op and unit, for records and messages.
         """
-        self._arriving.put(Task(kind, call, lane, next(self._arrivals), run, future, label))
+        self._arriving.put(Task(place, call, lane, next(self._arrivals), run, future, label))
 
     def stop(self) -> None:
         """End the thread once its tasks are done; `join` waits for it."""
@@ -165,16 +164,16 @@ class Worker(threading.Thread):
 
     def _next(self) -> Task | None:
         """The first of the tasks that are there; waits for one. None: there will be no more."""
-        while not (self._stopping and not self._tasks):
-            try:
-                task = self._arriving.get(block=not self._tasks)
-            except queue.Empty:
-                break
+        tasks, arriving = self._tasks, self._arriving
+        while not (tasks and arriving.empty()):
+            if self._stopping and arriving.empty():
+                return None
+            task = arriving.get()
             if task is None:
                 self._stopping = True
             else:
-                heapq.heappush(self._tasks, task)
-        return heapq.heappop(self._tasks) if self._tasks else None
+                heapq.heappush(tasks, task)
+        return heapq.heappop(tasks)
 
 
 def _enter_device(device: torch.device) -> None:

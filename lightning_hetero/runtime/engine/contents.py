@@ -1,0 +1,184 @@
+"""What is inside of the attributes of modules: found, kept, compared and put back."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+CONTAINERS = (list, dict, set, deque)
+# Objects of these packages are not looked into: a Trainer leads to everything.
+_FOREIGN = frozenset(
+    {
+        "lightning",
+        "lightning_fabric",
+        "lightning_hetero",
+        "builtins",
+        "logging",
+        "pytorch_lightning",
+        "threading",
+        "torch",
+        "weakref",
+    }
+)
+_CLOSED = (type, nn.Module, Dataset, DataLoader, str, bytes, int, float, complex, type(None))
+_LARGE = 64
+_MOST_THINGS = 20_000
+_MOST_BYTES = 64 << 20  # of a tensor or array inside of something else that is copied
+
+
+class Thing(NamedTuple):
+    """Something that can change inside, and what was in it.
+
+    Attributes:
+        module: Name of the module that has it.
+        key: Name of the module's attribute that leads to it.
+        value: The thing.
+        content: What was in it, as `content` gave it.
+    """
+
+    module: str
+    key: str
+    value: Any
+    content: Any
+
+
+def things(
+    module: str, key: str, value: Any, seen: set[int], *, may_be_large: bool = True
+) -> Iterator[Thing | nn.Module]:
+    """Everything that can change inside of an attribute; modules are handed out and not looked into.
+
+    Args:
+        module: Name of the module.
+        key: Name of the attribute.
+        value: The attribute.
+        seen: `id` of what was found already; filled.
+        may_be_large: Whether the attribute itself is copied whatever its size.
+    """
+    todo = [value]
+    while todo and len(seen) < _MOST_THINGS:
+        found = todo.pop()
+        if id(found) in seen or (isinstance(found, _CLOSED) and not isinstance(found, nn.Module)):
+            continue
+        seen.add(id(found))
+        if isinstance(found, nn.Module):
+            yield found
+        elif isinstance(found, tuple):
+            todo += found
+        else:
+            kept = content(found, may_be_large=may_be_large and found is value)
+            if kept is None:
+                continue
+            yield Thing(module, key, found, kept)
+            if isinstance(kept, dict):
+                todo += kept.values()
+            elif isinstance(kept, (list, set, deque)):
+                todo += kept
+
+
+def content(value: Any, *, may_be_large: bool) -> Any:
+    """A copy of what can change in a value; None if nothing can, or nothing that is known here."""
+    if isinstance(value, Tensor):
+        is_plain = value.layout is torch.strided and not (value.is_nested or value.is_quantized or value.is_meta)
+        is_copied = is_plain and not isinstance(value, nn.Parameter)
+        is_copied = is_copied and (may_be_large or value.numel() * value.element_size() <= _MOST_BYTES)
+        return version(value), value.detach().clone() if is_copied else None
+    if isinstance(value, CONTAINERS):
+        return copy.copy(value)
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        if isinstance(value, numpy.ndarray):
+            return value.copy() if value.nbytes <= _MOST_BYTES else None
+        if isinstance(value, numpy.random.Generator):
+            return copy.deepcopy(value.bit_generator.state)
+    return dict(vars(value)) if _is_open(value) else None
+
+
+def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
+    """Whether in a value there is what there was.
+
+    Args:
+        value: The value.
+        kept: What `content` gave for it.
+        quickly: Whether to trust the counter of changes of tensors, to look at no more than the size of large
+            containers, and to leave out arrays and generators.
+    """
+    if isinstance(value, Tensor):
+        before, clone = kept
+        return version(value) == before if quickly or clone is None else equal(value, clone)
+    if isinstance(value, CONTAINERS) and (len(value) != len(kept) or (quickly and len(kept) > _LARGE)):
+        return len(value) == len(kept)
+    if isinstance(value, dict):
+        return value.keys() == kept.keys() and all(value[key] is kept[key] for key in kept)
+    if isinstance(value, (list, deque)):
+        return all(a is b for a, b in zip(value, kept, strict=True))
+    if isinstance(value, set):
+        return bool(value == kept)
+    if _is_open(value):
+        now = vars(value)
+        return now.keys() == kept.keys() and all(now[key] is kept[key] for key in kept)
+    if quickly:
+        return True
+    if isinstance(value, torch.Generator):
+        return torch.equal(value.get_state(), kept)
+    if isinstance(value, random.Random):
+        return bool(value.getstate() == kept)
+    if type(value).__name__ == "ndarray":
+        return bool(value.tobytes() == kept.tobytes())
+    return repr(value.bit_generator.state) == repr(kept)
+
+
+def put_back(value: Any, kept: Any) -> None:
+    """Undo changes inside of a value."""
+    if isinstance(value, Tensor):
+        _, clone = kept
+        if clone is not None:
+            value.detach().copy_(clone)
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(kept)
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(kept)
+    elif isinstance(value, torch.Generator):
+        value.set_state(kept)
+    elif isinstance(value, random.Random):
+        value.setstate(kept)
+    elif _is_open(value):
+        vars(value).clear()
+        vars(value).update(kept)
+    elif type(value).__name__ == "ndarray":
+        value[...] = kept
+    else:
+        value.bit_generator.state = kept
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same content; a nan is equal to itself."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _is_open(value: Any) -> bool:
+    """Whether it is an object of user code with attributes of its own."""
+    return not callable(value) and hasattr(value, "__dict__") and is_users(type(value))
+
+
+def is_users(cls: type) -> bool:
+    """Whether a class is one of user code."""
+    return cls.__module__.partition(".")[0] not in _FOREIGN
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version

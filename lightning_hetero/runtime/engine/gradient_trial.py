@@ -1,0 +1,188 @@
+"""Comparison of the gradients of a few rows with the sums of those of their parts.
+
+Outputs may agree while gradients do not: a gate that is zero at first hides a coupling, and a custom backward may have
+one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hetero.runtime.engine.batch import Cut
+from lightning_hetero.runtime.engine.comparison import STEPS, as_real
+from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.leaves import gradients, walk
+from lightning_hetero.runtime.engine.silence import SILENCE
+from lightning_hetero.runtime.engine.tree import Tree
+
+Run = Callable[[Sequence[Tensor]], Any]  # from the tensors among the inputs to the output
+
+_MOST_ROWS = 4  # rows whose gradients are compared
+_MOST_BYTES = 1 << 30  # of gradients at once
+_SKETCH = 1 << 12  # elements of a gradient that are compared
+
+
+class GradientTrial:
+    """Differentiates a module for a few rows, whole and in parts.
+
+    Args:
+        run: Runs the module.
+        given: The tensors among its inputs, as user code gave them.
+        parameters: The parameters of the module that need a gradient.
+        precision: Dtypes that autocast computes in.
+
+    Attributes:
+        traced: Places of the outputs that have a graph in the call of user code, once `adds_up` was called.
+    """
+
+    def __init__(
+        self, run: Run, given: Sequence[Tensor], parameters: Sequence[Tensor], precision: Sequence[torch.dtype]
+    ) -> None:
+        self._run = run
+        self._given = given
+        self._parameters = parameters
+        self._precision = precision
+        self.traced: tuple[int, ...] = ()
+
+    def adds_up(self, tensors: Sequence[Tensor], cut: Cut, rows: int) -> bool:
+        """Whether the gradients of the rows are the sums of those of the parts.
+
+        Args:
+            tensors: Copies of the inputs.
+            cut: Which of them are cut.
+            rows: Rows of the batch.
+
+        Raises:
+            CannotCutError: All runs share a graph: some tensor comes into the module by another way than its inputs.
+        """
+        rows = min(rows, _MOST_ROWS)
+        with torch.enable_grad(), _without_cached_casts():
+            head, tail, whole = (_Run(self._run, cut.take(tensors, *part)) for part in ((0, 1), (1, rows), (0, rows)))
+            if not head.nodes.isdisjoint(tail.nodes):
+                raise CannotCutError("it uses a tensor with a graph that is not one of its inputs")
+            self._note_traced(whole)
+            known = {id(leaf) for leaf in whole.inputs}
+            leaves = {id(leaf): leaf for leaf in (*self._parameters, *whole.leaves) if id(leaf) not in known}
+            parts = [run.gradients([*leaves.values()], start, rows) for run, start in ((head, 0), (tail, 1))]
+            expected = whole.gradients([*leaves.values()], 0, rows)
+        found = [
+            torch.cat([a, b]) if place in cut.positions and a.dim() else a + b
+            for place, (a, b) in enumerate(zip(*parts, strict=True))
+        ]
+        return self._agree(found, expected)
+
+    def _note_traced(self, whole: _Run) -> None:
+        needed = {id(leaf) for leaf, given in zip(whole.inputs, self._given, strict=True) if not given.requires_grad}
+        self.traced = tuple(
+            place
+            for place, output in whole.outputs
+            if any(id(leaf) not in needed for leaf in walk([output])[1])
+            or (output.is_leaf and id(output) not in needed)
+        )
+
+    def _agree(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+        dtypes = {leaf.dtype for leaf in (*self._parameters, *self._given) if leaf.is_floating_point()}
+        step = max(torch.finfo(dtype).eps for dtype in (torch.float64, *dtypes, *self._precision))
+        sizes = [float(each.abs().max()) if each.numel() else 0.0 for each in expected]
+        # A gradient may be nothing but rounding, as that of a bias before a softmax: so the others count, too.
+        noise = min(STEPS * step, step**0.5) * max(sizes, default=0.0)
+        return all(
+            bool(((a - b).abs() <= step**0.5 * size + noise).all())
+            for a, b, size in zip(found, expected, sizes, strict=True)
+        )
+
+
+class _Run:
+    """One forward with a graph.
+
+    Attributes:
+        inputs: The inputs, as leaves.
+        outputs: Places and outputs that have a graph.
+        leaves: The leaves that these depend on.
+        nodes: The inner nodes of their graph.
+    """
+
+    def __init__(self, run: Run, tensors: Sequence[Tensor]) -> None:
+        self.inputs = [t.detach().requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
+        outputs = Tree(run(self.inputs)).tensors
+        self.outputs = [(place, output) for place, output in enumerate(outputs) if output.requires_grad]
+        _, self.leaves, self.nodes = walk([output for _, output in self.outputs])
+
+    def gradients(self, leaves: Sequence[Tensor], start: int, rows: int) -> list[Tensor]:
+        """Of each gradient as much as is compared: first those of the inputs, then those of other leaves."""
+        whole = set(map(id, self.inputs))
+        wanted = [leaf for leaf in (*self.inputs, *leaves) if leaf.requires_grad]
+        groups = list(_groups(wanted)) if self.outputs else []
+        outputs = [output for _, output in self.outputs]
+        given = [_direction(output, place, start, rows) for place, output in self.outputs]
+        found: dict[int, Tensor] = {}
+        with _without_hooks(leaves):
+            for number, group in enumerate(groups, 1):
+                result = gradients(outputs, given, group, keep_graph=number < len(groups))
+                for leaf, gradient in zip(group, result, strict=True):
+                    if gradient is not None:
+                        found[id(leaf)] = _whole(gradient) if id(leaf) in whole else _sketch(gradient)
+        zeros = {id(leaf): _whole(torch.zeros_like(leaf)) for leaf in self.inputs if leaf.requires_grad}
+        nothing = torch.zeros((), device="cpu", dtype=torch.float64)
+        return [found.get(id(leaf), zeros.get(id(leaf), nothing)) for leaf in (*self.inputs, *leaves)]
+
+
+def _groups(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The leaves, no more at once than memory can be spared for their gradients."""
+    group: list[Tensor] = []
+    size_bytes = 0
+    for leaf in leaves:
+        leaf_bytes = leaf.numel() * leaf.element_size()
+        if group and size_bytes + leaf_bytes > _MOST_BYTES:
+            yield group
+            group, size_bytes = [], 0
+        group.append(leaf)
+        size_bytes += leaf_bytes
+    if group:
+        yield group
+
+
+def _direction(output: Tensor, place: int, start: int, rows: int) -> Tensor:
+    """A gradient for the rows of an output from `start` on: no two elements alike, each row as it is in the whole."""
+    count = rows * output[:1].numel()
+    numbers = torch.arange(1 + place, 1 + place + count, device="cpu", dtype=torch.float64).mul(1.7).sin() + 2
+    part = numbers.reshape(rows, *output.shape[1:])[start : start + len(output)]
+    return part.to(device=output.device, dtype=output.dtype)
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    return as_real(gradient.detach()).double().cpu()
+
+
+def _sketch(gradient: Tensor) -> Tensor:
+    if not gradient.numel():
+        return torch.zeros((), device="cpu", dtype=torch.float64)
+    if gradient.is_sparse:
+        return gradient._values().sum(0).double().cpu()  # which rows it has differs between parts, the sum does not
+    flat = as_real(gradient.detach()).flatten()
+    return flat[:: -(-flat.numel() // _SKETCH)].double().cpu()
+
+
+@contextmanager
+def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    SILENCE.begin(leaves)
+    try:
+        yield
+    finally:
+        SILENCE.end(leaves)
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Within the block, autocast casts weights anew at every use: a cast that is kept is a graph that runs share."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

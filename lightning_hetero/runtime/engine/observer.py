@@ -1,0 +1,155 @@
+"""Sees what the code of a region does with tensors that no comparison of its results would show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.owned import Owned
+from lightning_hetero.runtime.engine.steady import DRAWING
+
+# Functions that turn the content of a tensor into something that Python decides by.
+_READS = frozenset(
+    {
+        "__array__",
+        "__bool__",
+        "__complex__",
+        "__contains__",
+        "__dlpack__",
+        "__float__",
+        "__index__",
+        "__int__",
+        "allclose",
+        "equal",
+        "is_nonzero",
+        "item",
+        "numpy",
+        "tolist",
+    }
+)
+# What lets user code see gradients of parts of a batch.
+_GRADIENT_CALLS = (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
+_GRADIENT_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
+_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
+_IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in _OPERATORS) | {"__setitem__"}
+_SOURCES = "_hetero_sources"  # attribute of a tensor: places of the inputs that its content depends on
+
+Sources = frozenset[int] | None  # None: it may depend on anything
+
+
+class Read(NamedTuple):
+    """A read of a tensor's content.
+
+    Attributes:
+        function: What read it.
+        sources: Places of the inputs that the content depends on; None if they are not known.
+    """
+
+    function: str
+    sources: Sources
+
+
+class Observer(TorchFunctionMode):
+    """Follows which inputs the content of tensors depends on, and notes what is read into Python.
+
+    A decision by the content of a mask that all rows share is the same for every part of a batch; one by the content
+    of the rows is not.
+
+    Args:
+        inputs: Tensors among the inputs, by place.
+        constants: Tensors that belong to the modules.
+        owned: Is told of writes before they are made.
+        at_operation: Called after every operation.
+
+    Attributes:
+        reads: All reads.
+
+    Raises:
+        CannotCutError: From within an operation that shows user code gradients, which are those of parts in lanes.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Tensor], constants: Iterable[Tensor], owned: Owned, at_operation: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self._owned = owned
+        self._constants = {id(tensor): tensor for tensor in constants}
+        self._at_operation = at_operation
+        self._is_lost = False
+        self.reads: list[Read] = []
+        for place, tensor in enumerate(inputs):
+            _mark(tensor, frozenset({place}))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, and note what it did."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        sources = self._of_all(_tensors((args, kwargs)))
+        if name in _READS:
+            self.reads.append(Read(name, sources))
+        elif name in _GRADIENT_HOOKS and not _is_ours(args):
+            raise CannotCutError(f"it calls {name} of a tensor, for gradients of a whole batch")
+        elif func in _GRADIENT_CALLS:
+            raise CannotCutError("it computes gradients itself")
+        for tensor in _targets(name, args, kwargs):
+            self._owned.before_write(tensor)
+        result = func(*args, **kwargs)
+        if name in DRAWING:
+            sources = None
+        for tensor in _targets(name, args, kwargs):
+            self._note_write(tensor, sources)
+        for tensor in _tensors(result):
+            if id(tensor) not in self._constants:
+                _mark(tensor, sources)
+        self._at_operation()
+        return result
+
+    def _note_write(self, tensor: Tensor, sources: Sources) -> None:
+        if sources == frozenset():
+            return
+        self._constants.pop(id(tensor), None)
+        _mark(tensor, sources)
+        if tensor._is_view():
+            self._is_lost = True  # whatever shares its memory has changed too
+
+    def _of_all(self, tensors: Iterable[Tensor]) -> Sources:
+        found: frozenset[int] = frozenset()
+        for tensor in tensors:
+            known = frozenset[int]() if id(tensor) in self._constants else tensor.__dict__.get(_SOURCES)
+            if known is None or self._is_lost:
+                return None
+            found |= known
+        return found
+
+
+def _targets(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation writes to."""
+    if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS:
+        yield from _tensors(args[0] if args else kwargs.get("input", kwargs.get("self")))
+    if kwargs.get("out") is not None:
+        yield from _tensors(kwargs["out"])
+
+
+def _mark(tensor: Tensor, sources: Sources) -> None:
+    tensor.__dict__[_SOURCES] = sources
+
+
+def _tensors(obj: Any) -> Iterator[Tensor]:
+    if isinstance(obj, Tensor):
+        yield obj
+    elif isinstance(obj, (list, tuple)):
+        for item in obj:
+            yield from _tensors(item)
+    elif isinstance(obj, dict):
+        for item in obj.values():
+            yield from _tensors(item)
+
+
+def _is_ours(args: tuple[Any, ...]) -> bool:
+    """Whether the hook that is registered is one of this package (emulated devices have some)."""
+    return any(str(getattr(each, "__module__", "")).startswith("lightning_hetero.runtime.") for each in args[1:])

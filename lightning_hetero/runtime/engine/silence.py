@@ -1,0 +1,46 @@
+"""Hooks of user code on parameters are silent while lanes compute gradients: these are parts of a gradient."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+class Silence:
+    """Takes hooks off tensors, and puts them back when the last of those who wanted silence is done.
+
+    Two calls may be in their backward at the same time, with parameters in common.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted: Counter[int] = Counter()
+        self._kept: dict[int, tuple[Any, dict[int, Any]]] = {}
+
+    def begin(self, leaves: Iterable[Tensor]) -> None:
+        """Take the hooks off."""
+        with self._lock:
+            for leaf in leaves:
+                hooks: Any = leaf._backward_hooks
+                if hooks:
+                    self._kept[id(leaf)] = (hooks, dict(hooks))
+                    hooks.clear()
+                self._wanted[id(leaf)] += 1
+
+    def end(self, leaves: Iterable[Tensor]) -> None:
+        """Put them back, if nobody else needs silence."""
+        with self._lock:
+            for leaf in leaves:
+                self._wanted[id(leaf)] -= 1
+                if self._wanted[id(leaf)] == 0:
+                    del self._wanted[id(leaf)]
+                    hooks, kept = self._kept.pop(id(leaf), (None, {}))
+                    if hooks is not None:
+                        hooks.update(kept)
+
+
+SILENCE = Silence()  # one for all models: two of them may have parameters in common

@@ -1,0 +1,132 @@
+"""Who does what during a trial: units and the code between them draw random numbers, change inputs, get hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lightning_hetero.runtime.engine.streams import Generators
+from lightning_hetero.runtime.engine.tree import Tree
+from lightning_hetero.runtime.hooks import Hook
+from lightning_hetero.runtime.transfer import version_of
+
+# Hooks that run when the module is called, or that see its gradients.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class _HasDevice(Protocol):
+    @property
+    def torch_device(self) -> torch.device: ...
+
+
+class Watched(Protocol):
+    """A unit, as far as a trial goes."""
+
+    name: str
+    draws: bool
+
+    @property
+    def worker(self) -> _HasDevice:
+        """The thread of its device."""
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules that it runs."""
+
+
+class Watch:
+    """Sees, during a trial, who draws random numbers (units, or the code between them), and who changes its inputs.
+
+    Args:
+        generators: The default generators of all devices of the plan, that of the root first.
+
+    Attributes:
+        units: The units that drew.
+        own_code: Whether the region's own code did.
+        changer: Name of a unit that changed its input in place; None if none did.
+        trouble: What else was seen that lanes could not do, in words that follow "because"; None if nothing was.
+        at_border: Called where a unit begins and where it ends.
+    """
+
+    def __init__(self, generators: Generators) -> None:
+        self._generators = generators
+        self._root = next(iter(generators.of))
+        self._states = generators.states()
+        self._depth = 0
+        self._over = False
+        self.units: list[Watched] = []
+        self.own_code = False
+        self.changer: str | None = None
+        self.trouble: str | None = None
+        self.at_border: Callable[[], None] = lambda: None
+
+    @property
+    def in_unit(self) -> bool:
+        """Whether the code that runs now is that of a unit."""
+        return self._depth > 0
+
+    @contextmanager
+    def unit(self, unit: Watched, inputs: Any) -> Iterator[None]:
+        """What is drawn within the block is drawn by `unit`, or by the unit around it."""
+        if self._over or self._depth:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            return
+        self._look_at_own_code()
+        self.at_border()
+        if any(has_hooks(module) for part in unit.parts for module in part.modules()):
+            self.trouble = f"{unit.name} gets hooks of user code while it runs"
+        self._depth += 1
+        tensors = Tree(inputs).tensors
+        versions = [version_of(tensor) for tensor in tensors]
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            self._look_at(unit)
+            if versions != [version_of(tensor) for tensor in tensors]:
+                self.changer = unit.name
+            self.at_border()
+
+    def end(self) -> None:
+        """Watch no more: what follows is done for comparison only."""
+        self._look_at_own_code()
+        self._over = True
+
+    @property
+    def any(self) -> bool:
+        """Whether anybody draws."""
+        return self.own_code or bool(self.units)
+
+    def _look_at_own_code(self) -> None:
+        drawn = self._drawn()
+        self.own_code = self.own_code or bool(drawn)
+        if drawn - {self._root}:
+            self.trouble = f"its code draws random numbers on {min(map(str, drawn - {self._root}))}, off its own device"
+
+    def _look_at(self, unit: Watched) -> None:
+        drawn = self._drawn()
+        if drawn:
+            self.units.append(unit)
+        device = unit.worker.torch_device
+        if drawn - {device}:
+            self.trouble = f"{unit.name} draws random numbers on {min(map(str, drawn - {device}))}, but is on {device}"
+
+    def _drawn(self) -> set[torch.device]:
+        """The devices whose generators were used since this was asked last."""
+        drawn = self._generators.drawn_since(self._states)
+        if drawn:
+            self._states = self._generators.states()
+        return drawn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks of user code."""
+    return any(not isinstance(hook, Hook) for kind in HOOKS for hook in getattr(module, kind).values())
