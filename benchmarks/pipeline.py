@@ -3,18 +3,19 @@
 A sleeping stage leaves the processor to the engine, as an accelerator would, so that only schedule and engine count. A
 stage sleeps in proportion to the rows, and twice as long in the backward. The ideal is that of the simulator for the
 same stages: all forwards before the first backward for "forward", one forward and one backward in turn for "step".
+
+Two stages also run under torch.distributed.pipelining's 1F1B, in two processes, right after ours.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from report import is_quick, report
+from sleeping import ROWS, Stage, timed
 from torch import Tensor, nn
+from torch_pipelining import STAGES, torch_pipeline
 
 from lightning_hetero.devices import resolve_devices
 from lightning_hetero.graph.find import find_units
@@ -26,35 +27,7 @@ from lightning_hetero.simulate import StageCost, simulate
 
 CASES = {"40_40": (40, 40), "60_20": (60, 20), "20_60": (20, 60), "30_30_30": (30, 30, 30)}  # forward, in ms
 MICRO_BATCHES = (4, 8)
-ROWS = 32
 REPETITIONS, QUICK_REPETITIONS = 9, 3
-
-
-class Nap(torch.autograd.Function):
-    """Passes a tensor on after some time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, second_per_row: float) -> Tensor:  # noqa: D102
-        ctx.second_per_row = second_per_row
-        time.sleep(second_per_row * x.shape[0])
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        time.sleep(2 * ctx.second_per_row * gradient.shape[0])
-        return gradient, None
-
-
-class Stage(nn.Module):
-    """A weight, so that it is placed, and a nap."""
-
-    def __init__(self, batch_s: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
-        self.second_per_row = batch_s / ROWS
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return Nap.apply(x * self.weight, self.second_per_row)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Model(nn.Module):
@@ -97,12 +70,6 @@ def seconds(stages_s: list[float], micro_batches: int, mode: str, repetitions: i
         placed.release(torch.device("cpu"))
 
 
-def timed(run: Callable[[], object]) -> float:
-    start_s = time.perf_counter()
-    run()
-    return time.perf_counter() - start_s
-
-
 def ideal_s(stages_s: list[float], micro_batches: int, mode: str) -> float:
     """What the simulator says if nothing but the stages takes time."""
     costs = [
@@ -115,13 +82,18 @@ def ideal_s(stages_s: list[float], micro_batches: int, mode: str) -> float:
 def main() -> None:
     quick = is_quick(__doc__)
     torch.set_num_threads(1)
+    repetitions = QUICK_REPETITIONS if quick else REPETITIONS
     figures = {}
-    for name, stages_ms in CASES.items():
-        stages_s = [stage_ms / 1000 for stage_ms in stages_ms]
-        for micro_batches in MICRO_BATCHES:
-            for mode in ("forward", "step"):
-                measured_s = seconds(stages_s, micro_batches, mode, QUICK_REPETITIONS if quick else REPETITIONS)
-                figures[f"{mode}_{name}_{micro_batches}"] = ideal_s(stages_s, micro_batches, mode) / measured_s
+    with torch_pipeline() as theirs:
+        for name, stages_ms in CASES.items():
+            stages_s = [stage_ms / 1000 for stage_ms in stages_ms]
+            for micro_batches in MICRO_BATCHES:
+                ours_s = {mode: seconds(stages_s, micro_batches, mode, repetitions) for mode in ("forward", "step")}
+                for mode, mode_s in ours_s.items():
+                    figures[f"{mode}_{name}_{micro_batches}"] = ideal_s(stages_s, micro_batches, mode) / mode_s
+                if len(stages_s) == STAGES:
+                    torch_s = theirs.seconds(stages_s, micro_batches, repetitions)
+                    figures[f"torch_ratio_{name}_{micro_batches}"] = torch_s / min(ours_s.values())
     report(figures)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from lightning_hetero.errors import UsageError
 from lightning_hetero.plan.plan import Plan
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.borders import EnterBlock, EnterSplit, LeaveBlock, LeaveSplit
 from lightning_hetero.runtime.emulate import METER, EnterEmulated, LeaveEmulated, Pace, paces
 from lightning_hetero.runtime.engine.engine import Engine
-from lightning_hetero.runtime.engine.worker import Record
+from lightning_hetero.runtime.engine.record import Recorder, Recording
 from lightning_hetero.runtime.guard import guard, release
 from lightning_hetero.runtime.hooks import add_hooks
 from lightning_hetero.runtime.layout import Layout, lay_out
@@ -32,7 +34,6 @@ class Pipelining:
         hang_timeout_s: Seconds after which a call that has not ended is given up.
         once_per_batch: Names of methods of the model that must not be called for a part of a batch.
         around: Gives values that user code may decide by, such as the epoch. Where they change, cutting is tried anew.
-        records: Where to note which device did what, and when; None notes nothing.
     """
 
     micro_batches: int = 1
@@ -41,7 +42,6 @@ class Pipelining:
     hang_timeout_s: float = 600.0
     once_per_batch: Sequence[str] = ()
     around: Callable[[], Sequence[Hashable]] = tuple
-    records: list[Record] | None = None
 
 
 class PlacedModel:
@@ -76,6 +76,7 @@ class PlacedModel:
         inventory = plan.inventory
         self.layout: Layout = lay_out(module, {unit: inventory[name] for unit, name in plan.device_of.items()})
         self._paces = paces(plan.devices)
+        self._recorder = Recorder()
         self._buffers: list[tuple[nn.Module, torch.device]] = []
 
     def place(self, before_hooks: Callable[[nn.Module, Layout], Layout] | None = None) -> None:
@@ -109,8 +110,40 @@ class PlacedModel:
                 hang_timeout_s=self.pipelining.hang_timeout_s,
                 once_per_batch=self.pipelining.once_per_batch,
                 around=self.pipelining.around,
-                records=self.pipelining.records,
+                recorder=self._recorder,
             )
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Within the block, note which device does what, and when.
+
+        Only what runs in micro-batches is seen: not user code between modules, and not calls that ran whole, of
+        which the engine's `reasons` tell why.
+
+        Yields:
+            What has been recorded; its `timeline` may be asked for at any time, also after the block.
+
+        Raises:
+            UsageError: There is nothing to record in connected mode; or a recording runs already.
+
+        Example:
+            with placed.recording() as recording:
+                model(batch).sum().backward()
+            print(draw(recording.timeline))
+        """
+        if self.engine is None:
+            raise UsageError(
+                "this model runs in connected mode, one device after the other, so there is no timeline to record. "
+                "Place it on several devices, with micro_batches of at least 2."
+            )
+        if self._recorder.records is not None:
+            raise UsageError("this model is being recorded already; end that recording before another begins")
+        recording = Recording((device.name for device in self.plan.used), self.engine.stage_of)
+        self._recorder.records = recording.records
+        try:
+            yield recording
+        finally:
+            self._recorder.records = None
 
     def return_buffers(self) -> None:
         """Bring buffers back that user code or a callback replaced by new ones elsewhere.

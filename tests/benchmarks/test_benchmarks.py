@@ -13,7 +13,7 @@ import pytest
 from lightning_hetero.testing import EmulatedAccelerator
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SHARED = {"lockstep.py", "placement_instances.py", "report.py"}
+SHARED = {"lockstep.py", "placement_instances.py", "report.py", "sleeping.py", "torch_pipelining.py"}
 FIGURES = {
     "connected_overhead.py": {
         "plain_us",
@@ -23,11 +23,27 @@ FIGURES = {
         "two_stages_ratio",
         "border_us",
     },
+    "engine_overhead.py": {
+        "us_per_call",
+        "noise_us_per_call",
+        "mlp_ratio",
+        "mlp_noise_ratio",
+        "transformer_ratio",
+        "transformer_noise_ratio",
+        "convnet_ratio",
+        "convnet_noise_ratio",
+    },
     "pipeline.py": {
-        f"{mode}_{stages}_{micro_batches}"
-        for mode in ("forward", "step")
+        f"{what}_{stages}_{micro_batches}"
+        for what in ("forward", "step", "torch_ratio")
         for stages in ("40_40", "60_20", "20_60", "30_30_30")
         for micro_batches in (4, 8)
+        if (what, stages) != ("torch_ratio", "30_30_30")
+    },
+    "pipeline_memory.py": {
+        f"{mode}_stage_{stage}"
+        for mode in ("step_1f1b", "step_gpipe", "forward", "forward_rematerialize")
+        for stage in range(4)
     },
     "planner.py": {"chain_50x64_s", "fixed_order_1000x64_s", "graph_10000x32_s", "noise_ratio"},
     "stress.py": {"steps", "hangs", "differing_placements"},

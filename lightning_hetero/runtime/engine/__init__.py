@@ -5,6 +5,7 @@ The pieces, from the bottom up::
     tree            structures of tensors, taken apart and put together
     state           what a thread must hand to another for an operation to mean the same
     faults          errors that say where they happened, waiting that ends
+    record          what workers did and when, as a timeline
     worker          one thread per device, which takes tasks in order
     lanes           threads that run the user's code for one micro-batch each
     leaves          which parameters a graph depends on, and sums of their gradients in a fixed order

@@ -20,6 +20,7 @@ from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.intercept import ChainUnit, ModuleUnit, Region
 from lightning_hetero.runtime.engine.lanes import LanePool
+from lightning_hetero.runtime.engine.record import Recorder
 from lightning_hetero.runtime.engine.refused import methods_refused
 from lightning_hetero.runtime.engine.region import RegionCall, RegionTask
 from lightning_hetero.runtime.engine.state import (
@@ -32,7 +33,7 @@ from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.verdict import Trial, Verdict
 from lightning_hetero.runtime.engine.watch import Watch
-from lightning_hetero.runtime.engine.worker import Record, Worker
+from lightning_hetero.runtime.engine.worker import Worker
 from lightning_hetero.runtime.layout import Layout
 from lightning_hetero.schedule import Pipeline
 
@@ -64,7 +65,7 @@ class Engine:
         hang_timeout_s: Seconds after which a call that has not ended is given up.
         once_per_batch: Names of methods of the model that user code must not call for a part of a batch.
         around: Gives values that user code may decide by, such as the epoch.
-        records: Where workers note what they did; None notes nothing.
+        recorder: Where workers note what they did; None notes nothing.
 
     Attributes:
         cut_calls: How many calls of regions were cut so far.
@@ -84,7 +85,7 @@ class Engine:
         hang_timeout_s: float,
         once_per_batch: Sequence[str] = (),
         around: Callable[[], Sequence[Hashable]] = tuple,
-        records: list[Record] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.root = root
         self._around = around
@@ -101,7 +102,7 @@ class Engine:
         self._once_per_batch = once_per_batch
         self._numbers = itertools.count()
         self._one_call = threading.Lock()
-        self._workers = self._make_workers(layout, paces, records)
+        self._workers = self._make_workers(layout, paces, recorder or Recorder())
         names = list(self._workers)
         stages = [list(blocks) for _, blocks in groupby(layout.blocks, key=lambda block: block.device.name)]
         self._stages = tuple(names.index(blocks[0].device.name) for blocks in stages)
@@ -170,6 +171,13 @@ class Engine:
     def pipeline(self, micro_batches: int) -> Pipeline:
         """The stages of the model, in order of definition, as schedules see them."""
         return Pipeline(device_of=self._stages, micro_batches=micro_batches)
+
+    @property
+    def stage_of(self) -> dict[str, int]:
+        """Index of the stage of everything that workers run in one piece, by its name."""
+        links = (link for region in self._regions for link in region.chain or ())
+        chains = (link for link in links if isinstance(link, ChainUnit))
+        return {unit.name: unit.stage for unit in (*self._units, *chains)}
 
     def next_number(self) -> int:
         """A number for a unit."""
@@ -363,9 +371,7 @@ class Engine:
 
     # Interceptions
 
-    def _make_workers(
-        self, layout: Layout, paces: Mapping[str, Pace], records: list[Record] | None
-    ) -> dict[str, Worker]:
+    def _make_workers(self, layout: Layout, paces: Mapping[str, Pace], recorder: Recorder) -> dict[str, Worker]:
         workers: dict[str, Worker] = {}
         for block in layout.blocks:
             device = block.device
@@ -373,7 +379,7 @@ class Engine:
                 torch_device = torch.device(str(device.torch_device))
                 host = torch.get_num_threads() if torch_device.type == "cpu" else 1
                 threads = paces.get(device.name, Pace()).threads or host
-                workers[device.name] = Worker(device.name, torch_device, threads, records)
+                workers[device.name] = Worker(device.name, torch_device, threads, recorder)
         return workers
 
     def _intercept(self, layout: Layout) -> None:

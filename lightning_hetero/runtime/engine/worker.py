@@ -11,9 +11,11 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import profiler
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.faults import annotated
+from lightning_hetero.runtime.engine.record import Record, Recorder
 
 _WORDS = {"F": "forward", "B": "backward"}
 
@@ -78,17 +80,6 @@ class Task(NamedTuple):
     label: tuple[str, str]
 
 
-class Record(NamedTuple):
-    """One task as it ran: seconds of `time.perf_counter`."""
-
-    device: str
-    unit: str
-    op: str
-    micro_batch: int
-    start_s: float
-    end_s: float
-
-
 class Worker(threading.Thread):
     """The thread of one device.
 
@@ -96,15 +87,15 @@ class Worker(threading.Thread):
         device: Name of the device in the plan.
         torch_device: Where its tensors live.
         threads: Intra-op threads of its operations on the CPU.
-        records: Where to note what ran; None notes nothing.
+        recorder: Where to note what ran.
     """
 
-    def __init__(self, device: str, torch_device: torch.device, threads: int, records: list[Record] | None) -> None:
+    def __init__(self, device: str, torch_device: torch.device, threads: int, recorder: Recorder) -> None:
         super().__init__(name=f"hetero-worker-{device}", daemon=True)
         self.device = device
         self.torch_device = torch_device
         self._threads = threads
-        self._records = records
+        self._recorder = recorder
         self._arriving: queue.SimpleQueue[Task | None] = queue.SimpleQueue()  # None: stop
         self._tasks: list[Task] = []
         self._arrivals = itertools.count()
@@ -149,15 +140,16 @@ class Worker(threading.Thread):
             op, unit = task.label
             self.busy_with = (op, unit, task.lane)
             frames.begin_micro_batch(task.lane)
-            start_s = perf_counter() if self._records is not None else 0.0
+            records = self._recorder.records
+            start_s = perf_counter() if records is not None else 0.0
             result: Any = None
             error: BaseException | None = None
             try:
-                result = task.run()
+                result = _labelled(task) if profiler._is_profiler_enabled else task.run()
             except BaseException as raised:
                 error = annotated(raised, f"{_WORDS[op]} of {unit} on {self.device}")
-            if self._records is not None:
-                self._records.append(Record(self.device, unit, op, task.lane, start_s, perf_counter()))
+            if records is not None:
+                records.append(Record(self.device, unit, op, task.lane, start_s, perf_counter()))
             self.busy_with = None
             task.future.set(result, error)
             del task, result, error  # a waiting thread must not keep the last result alive
@@ -174,6 +166,13 @@ class Worker(threading.Thread):
             else:
                 heapq.heappush(tasks, task)
         return heapq.heappop(tasks)
+
+
+def _labelled(task: Task) -> Any:
+    """Run a task under a name that profilers of all threads show, such as `hetero/net.0/F3`."""
+    op, unit = task.label
+    with profiler.record_function(f"hetero/{unit}/{op}{task.lane}"):
+        return task.run()
 
 
 def _enter_device(device: torch.device) -> None:

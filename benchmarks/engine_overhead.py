@@ -1,0 +1,147 @@
+"""CPU time that the engine adds to a forward and backward in micro-batches, against a plain loop over the same ones.
+
+    python benchmarks/engine_overhead.py
+    python benchmarks/engine_overhead.py --quick
+
+Both run in one process and take turns. CPU time of all threads is counted, so it does not matter what
+else the machine does, nor that the devices work at the same time.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from report import is_quick, report
+from torch import Tensor, nn
+
+from lightning_hetero.devices import resolve_devices
+from lightning_hetero.graph.find import find_units
+from lightning_hetero.placement import ManualPolicy, Problem, make_plan
+from lightning_hetero.runtime.placed import Pipelining, PlacedModel
+
+MICRO_BATCHES = 4
+TINY_UNITS = 8
+TINY_LAPS, QUICK_TINY_LAPS = 200, 20
+LAPS, QUICK_LAPS = 40, 3
+
+Step = Callable[[], object]
+
+
+class Convolution(nn.Module):
+    """A convolution and what follows it. Shape (rows, channels, height, width)."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels_in, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return torch.relu(self.convolution(x))
+
+
+def linear(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+
+def tiny() -> tuple[list[nn.Module], Tensor]:
+    return [linear(16) for _ in range(TINY_UNITS)], torch.randn(16, 16)
+
+
+def mlp() -> tuple[list[nn.Module], Tensor]:
+    return [linear(1024) for _ in range(8)], torch.randn(256, 1024)
+
+
+def transformer() -> tuple[list[nn.Module], Tensor]:
+    layers = [nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True) for _ in range(4)]
+    return [*layers], torch.randn(16, 64, 256)
+
+
+def convnet() -> tuple[list[nn.Module], Tensor]:
+    return [Convolution(3 if index == 0 else 48, 48) for index in range(6)], torch.randn(32, 3, 32, 32)
+
+
+class Subject:
+    """A model in micro-batches over two devices that the CPU plays, and its copy in a plain loop.
+
+    Args:
+        layers: The model.
+        batch: Its input.
+        device_of: Index of the device of each layer.
+    """
+
+    def __init__(self, layers: list[nn.Module], batch: Tensor, device_of: list[int]) -> None:
+        self.batch = batch
+        self.plain = nn.Sequential(*layers)
+        self.cut = copy.deepcopy(self.plain)
+        root = nn.ModuleDict({"net": self.cut})
+        where = {f"net.{layer}": f"emulated:{device}" for layer, device in enumerate(device_of)}
+        inventory = resolve_devices(",".join(["cpu@speed=1"] * 2))
+        plan = make_plan(ManualPolicy(where), Problem(graph=find_units(root), inventory=inventory))
+        self.placed = PlacedModel(root, plan, Pipelining(micro_batches=MICRO_BATCHES))
+        self.placed.place()
+
+    def run_cut(self) -> None:
+        """Forward and backward in micro-batches over the devices."""
+        self.cut.zero_grad()
+        self.cut(self.batch).pow(2).mean().backward()
+
+    def run_plain(self) -> None:
+        """Forward and backward of one micro-batch after the other."""
+        self.plain.zero_grad()
+        for part in self.batch.chunk(MICRO_BATCHES):
+            (self.plain(part).pow(2).mean() / MICRO_BATCHES).backward()
+
+
+def cpu_s(step: Step, steps: int) -> float:
+    """CPU seconds of one step, of all threads."""
+    start_s = time.process_time()
+    for _ in range(steps):
+        step()
+    return (time.process_time() - start_s) / steps
+
+
+def compare(subject: Subject, laps: int, steps_per_turn: int) -> tuple[list[float], list[float], list[float]]:
+    """CPU seconds of a step in micro-batches, of the plain loop, and of the plain loop again, for each lap."""
+    steps = (subject.run_cut, subject.run_plain, subject.run_plain)
+    try:
+        for step in steps * 3:
+            step()
+        assert subject.placed.engine is not None
+        assert not subject.placed.engine.reasons
+        seconds = [[cpu_s(step, steps_per_turn) for step in steps] for _ in range(laps)]
+    finally:
+        subject.placed.release(torch.device("cpu"))
+    cut_s, plain_s, again_s = map(list, zip(*seconds, strict=True))
+    return cut_s, plain_s, again_s
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def main() -> None:
+    quick = is_quick(__doc__)
+    torch.set_num_threads(1)
+    laps = QUICK_TINY_LAPS if quick else TINY_LAPS
+    layers, batch = tiny()
+    # Neighbours are on different devices, so that every layer is a call of its own.
+    cut_s, plain_s, again_s = compare(Subject(layers, batch, [layer % 2 for layer in range(len(layers))]), laps, 5)
+    calls = len(layers) * MICRO_BATCHES
+    figures = {
+        "us_per_call": statistics.median(a - b for a, b in zip(cut_s, plain_s, strict=True)) / calls * 1e6,
+        "noise_us_per_call": statistics.median(a - b for a, b in zip(again_s, plain_s, strict=True)) / calls * 1e6,
+    }
+    for model in (mlp, transformer, convnet):
+        layers, batch = model()
+        halves = [2 * layer // len(layers) for layer in range(len(layers))]
+        cut_s, plain_s, again_s = compare(Subject(layers, batch, halves), QUICK_LAPS if quick else LAPS, 1)
+        figures[f"{model.__name__}_ratio"] = ratio(cut_s, plain_s)
+        figures[f"{model.__name__}_noise_ratio"] = ratio(again_s, plain_s)
+    report(figures)
+
+
+if __name__ == "__main__":
+    main()
