@@ -23,7 +23,7 @@ FIGURES = {
         "two_stages_ratio",
         "border_us",
     },
-    "engine_overhead.py": {
+    "overhead.py": {
         "us_per_call",
         "noise_us_per_call",
         "mlp_ratio",

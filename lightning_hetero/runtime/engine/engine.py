@@ -108,7 +108,8 @@ class Engine:
         self._stages = tuple(names.index(blocks[0].device.name) for blocks in stages)
         self._stage_of = {id(block.module): index for index, blocks in enumerate(stages) for block in blocks}
         # As many as keep all devices at work, and one that is handed over: the bound of 1F1B.
-        self.lanes_again = len(self._workers) + 1
+        # One for each device, and one that waits for it: more would only wake each other.
+        self.lanes_at_once = len(self._workers) + 1
         devices = [root, *(worker.torch_device for worker in self._workers.values())]
         self.generators = Generators(devices)
         self.device_types = tuple(dict.fromkeys(device.type for device in devices))

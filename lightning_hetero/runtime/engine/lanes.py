@@ -100,7 +100,7 @@ class LanePool:
     """
 
     def __init__(self, size: int) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Lane, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"hetero-lane-{index}", daemon=True) for index in range(size)
         ]
@@ -110,9 +110,9 @@ class LanePool:
         for _ in self._threads:
             self._ready.acquire()
 
-    def put(self, lane: Lane, job: Callable[[], None]) -> None:
-        """Run `job`, which must not raise, with `lane` as the current lane."""
-        self._jobs.put((lane, job))
+    def put(self, job: Callable[[], None]) -> None:
+        """Run `job`, which must not raise."""
+        self._jobs.put(job)
 
     def close(self, timeout_s: float) -> bool:
         """End the threads. Returns whether all of them ended in time."""
@@ -125,14 +125,10 @@ class LanePool:
     def _run(self) -> None:
         torch.set_num_threads(1)  # the work is the workers'
         self._ready.release()
-        item: Any
-        while (item := self._jobs.get()) is not None:
-            _LOCAL.lane, job = item
-            try:
-                job()
-            finally:
-                _LOCAL.lane = None
-            del item, job
+        job: Callable[[], None] | None
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job
 
 
 class Crew:
@@ -146,7 +142,6 @@ class Crew:
     """
 
     def __init__(self, pool: LanePool, lanes: Sequence[Lane], work: Callable[[Lane], None], in_flight: int) -> None:
-        self._pool = pool
         self._size = len(lanes)
         self._waiting = deque(lanes)
         self._work = work
@@ -154,7 +149,7 @@ class Crew:
         self.left = Countdown(len(lanes))
         self.failed = False
         for _ in range(min(in_flight, len(lanes))):
-            self._start_next()
+            pool.put(self._run)
 
     def check(self) -> None:
         """Stop what belongs to a call that has failed.
@@ -173,14 +168,20 @@ class Crew:
             self._errors = {}  # an exception holds its frames, and they hold activations
             raise annotated(error, f"micro-batch {index} of {self._size} in {where}")
 
-    def _start_next(self) -> None:
-        try:
-            lane = self._waiting.popleft()
-        except IndexError:
-            return
-        self._pool.put(lane, lambda: self._run(lane))
+    def _run(self) -> None:
+        """Lanes one after the other, as long as there are any: a thread that goes on wakes nobody."""
+        while self._waiting:
+            try:
+                lane = self._waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            _LOCAL.lane = lane
+            self._run_one(lane)
+            _LOCAL.lane = None
+            del lane
+            self.left.count_down()
 
-    def _run(self, lane: Lane) -> None:
+    def _run_one(self, lane: Lane) -> None:
         try:
             self.check()
             self._work(lane)
@@ -189,6 +190,3 @@ class Crew:
         except BaseException as error:
             self._errors[lane.index] = error
             self.failed = True
-        finally:
-            self._start_next()
-            self.left.count_down()

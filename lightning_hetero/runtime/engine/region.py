@@ -127,7 +127,7 @@ class RegionCall(Call):
 
         versions = [version_of(buffer) for buffer in self.task.buffers]
         with self.task.deferred.collecting():
-            self._start(work, len(self._lanes))
+            self._start(work, self.engine.lanes_at_once)
             self._finish()
             if versions != [version_of(buffer) for buffer in self.task.buffers]:
                 raise RuntimeError(
@@ -233,8 +233,7 @@ class RegionCall(Call):
                 self.generators.begin()
                 self._draws_again = True
             self._during_backward.enter_context(self.task.deferred.untouched())
-        in_flight = self.engine.lanes_again if again else len(self._lanes)
-        self._start(lambda lane: self._lane_backward(lane, given), in_flight)
+        self._start(lambda lane: self._lane_backward(lane, given), self.engine.lanes_at_once)
 
     def _lane_backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> None:
         if self.task.rematerialized is not None:

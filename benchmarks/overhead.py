@@ -1,7 +1,7 @@
 """CPU time that the engine adds to a forward and backward in micro-batches, against a plain loop over the same ones.
 
-    python benchmarks/engine_overhead.py
-    python benchmarks/engine_overhead.py --quick
+    python benchmarks/overhead.py
+    python benchmarks/overhead.py --quick
 
 Both run in one process and take turns. CPU time of all threads is counted, so it does not matter what
 else the machine does, nor that the devices work at the same time.
