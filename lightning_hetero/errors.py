@@ -7,6 +7,7 @@ Every message says what happened, why, and what to do next. Each class is also a
     ├── InventoryError        ValueError    a device that does not exist, is named twice, or cannot train
     ├── PlacementError        ValueError    a device map or policy that cannot be obeyed
     ├── PlanFileError         ValueError    a plan file that is damaged, foreign, or newer than this package
+    ├── ProfileError          ValueError    costs that cannot be, or a profile file that is damaged or foreign
     ├── ScheduleError         ValueError    a schedule, program or timeline that cannot be
     ├── InfeasiblePlanError   RuntimeError  a plan that needs more memory than a device has
     ├── UnsupportedError      RuntimeError  a feature of torch or Lightning that cannot work over several devices
@@ -31,6 +32,10 @@ class PlacementError(HeteroError, ValueError):
 
 class PlanFileError(HeteroError, ValueError):
     """A plan file that is damaged, not a plan, or written by a newer version of this package."""
+
+
+class ProfileError(HeteroError, ValueError):
+    """Costs that cannot be, or a profile file that is damaged, foreign, or of another model."""
 
 
 class ScheduleError(HeteroError, ValueError):

@@ -98,6 +98,16 @@ def read_bandwidth(value: Any) -> float:
     return float(read_size(value.strip().removesuffix("/s") if isinstance(value, str) else value))
 
 
+def read_rates(value: Any) -> tuple[tuple[str, float], ...]:
+    """Operations per second by dtype, from a mapping `{float32: 2e13}` or the pairs that `Inventory.to_dict` writes."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence):
+        raise ValueError(f"must be rates by dtype such as {{float32: 2e13}}, got {value!r}")
+    if any(isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"must be pairs of a dtype and a rate, got {value!r}")
+    return tuple((read_text(dtype), read_number(rate)) for dtype, rate in pairs)
+
+
 def list_of(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     """A reader of lists, each entry read by `read`."""
 

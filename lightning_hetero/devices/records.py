@@ -15,6 +15,7 @@ from lightning_hetero.devices.fields import (
     read_bandwidth,
     read_flag,
     read_number,
+    read_rates,
     read_record,
     read_size,
     read_text,
@@ -40,6 +41,11 @@ _DEVICE_KEYS = {
     "dtypes": Key("dtypes", list_of(read_text)),
     "trainable": Key("trainable", read_flag),
     "emulated": Key("emulated", read_flag),
+    "flops_per_s": Key("flops_per_s", read_rates),
+    "memory_bandwidth": Key("memory_bytes_per_s", or_none(read_bandwidth)),
+    "memory_bytes_per_s": Key("memory_bytes_per_s", or_none(read_bandwidth)),
+    "launch_s": Key("launch_s", or_none(read_number)),
+    "measured": Key("measured", read_text),
 }
 _LINK_KEYS = {
     "source": Key("source", read_text),
@@ -48,6 +54,9 @@ _LINK_KEYS = {
     "bandwidth": Key("bandwidth_bytes_per_s", or_none(read_bandwidth)),
     "bandwidth_bytes_per_s": Key("bandwidth_bytes_per_s", or_none(read_bandwidth)),
     "latency_s": Key("latency_s", or_none(read_number)),
+    "pinned_bandwidth": Key("pinned_bandwidth_bytes_per_s", or_none(read_bandwidth)),
+    "pinned_bandwidth_bytes_per_s": Key("pinned_bandwidth_bytes_per_s", or_none(read_bandwidth)),
+    "measured": Key("measured", read_text),
 }
 _NUMA_KEYS = {
     "index": Key("index", read_whole),

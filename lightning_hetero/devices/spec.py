@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from lightning_hetero.devices.origins import check_numbers, check_origin
 from lightning_hetero.errors import InventoryError
 from lightning_hetero.units import parse_bytes
 
@@ -31,6 +32,11 @@ class DeviceSpec:
         dtypes: Names of the dtypes that the device computes with ("float32"); empty if unknown.
         trainable: Whether torch can train on it.
         emulated: Whether it is the CPU that plays a device.
+        flops_per_s: Floating-point operations per second of a matrix product, by name of the dtype:
+            `(("float32", 2e13),)`. Achieved ones if measured, the peak of dense products if from a data sheet.
+        memory_bytes_per_s: Bytes that a copy within the device reads and writes per second.
+        launch_s: What it costs to start one small operation.
+        measured: Where these numbers come from, one of `origins.ORIGINS`.
     """
 
     name: str
@@ -44,6 +50,10 @@ class DeviceSpec:
     dtypes: tuple[str, ...] = ()
     trainable: bool = True
     emulated: bool = False
+    flops_per_s: tuple[tuple[str, float], ...] = ()
+    memory_bytes_per_s: float | None = None
+    launch_s: float | None = None
+    measured: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -56,6 +66,9 @@ class DeviceSpec:
             raise InventoryError(f"device {self.name!r}: threads must be >= 1, got {self.threads}")
         if self.trainable and self.torch_device is None:
             raise InventoryError(f"device {self.name!r}: a trainable device needs torch's name for it")
+        rates: dict[str, float | None] = {f"flops_per_s of {dtype}": rate for dtype, rate in self.flops_per_s}
+        rates |= {"memory_bytes_per_s": self.memory_bytes_per_s, "launch_s": self.launch_s}
+        check_numbers(f"device {self.name!r}", rates, self.measured)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +79,11 @@ class Link:
         source: Name of the sending device.
         target: Name of the receiving device.
         peer_access: Whether copies go directly, without a stop in host memory.
-        bandwidth_bytes_per_s: None until measured.
+        bandwidth_bytes_per_s: Of ordinary memory, which is what the runtime moves. None until measured.
         latency_s: None until measured.
+        pinned_bandwidth_bytes_per_s: The same with page-locked host memory; None where there is no host or no
+            such memory, and until measured.
+        measured: Where these numbers come from, one of `origins.ORIGINS`.
     """
 
     source: str
@@ -75,6 +91,11 @@ class Link:
     peer_access: bool = False
     bandwidth_bytes_per_s: float | None = None
     latency_s: float | None = None
+    pinned_bandwidth_bytes_per_s: float | None = None
+    measured: str = ""
+
+    def __post_init__(self) -> None:
+        check_origin(f"link {self.source!r} to {self.target!r}", self.measured)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +205,7 @@ class Inventory:
         """
         try:
             return cls(
-                devices=tuple(_record(DeviceSpec, d, dtypes=tuple(d.get("dtypes", ()))) for d in data["devices"]),
+                devices=tuple(map(_device, data["devices"])),
                 links=tuple(_record(Link, d) for d in data.get("links", ())),
                 host=str(data.get("host", "")),
                 numa_nodes=tuple(
@@ -193,6 +214,15 @@ class Inventory:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InventoryError(f"not an inventory: {error!r}") from error
+
+
+def _device(data: Mapping[str, Any]) -> DeviceSpec:
+    try:
+        rates = tuple((str(dtype), rate) for dtype, rate in data.get("flops_per_s", ()))
+    except ValueError as error:
+        raise InventoryError(f"flops_per_s must be pairs of a dtype and a rate: {error}") from error
+    device: DeviceSpec = _record(DeviceSpec, data, dtypes=tuple(data.get("dtypes", ())), flops_per_s=rates)
+    return device
 
 
 def _record(cls: type[Any], data: Mapping[str, Any], **replaced: Any) -> Any:

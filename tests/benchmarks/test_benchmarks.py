@@ -33,6 +33,13 @@ FIGURES = {
         "convnet_ratio",
         "convnet_noise_ratio",
     },
+    "measure_devices.py": {
+        "three_devices_s",
+        "three_devices_longest_s",
+        "again_s",
+        "float32_ratio",
+        "confident_share",
+    },
     "pipeline.py": {
         f"{what}_{stages}_{micro_batches}"
         for what in ("forward", "step", "torch_ratio")

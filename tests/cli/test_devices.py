@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +38,73 @@ def test_json_reads_back_as_the_inventory(command: Callable[..., Any]) -> None:
     read = Inventory.from_dict(json.loads(outcome.out))
     assert read.names == ("large", "small")
     assert read["small"].memory_bytes == 2**30
+
+
+def test_measure_shows_the_pace_of_devices(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    outcome = command("devices", "--devices", "cpu,cpu@speed=0.5", "--measure")
+    assert outcome.code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if "│" in line]
+    pace = [row for row in rows if len(row) == 8 and row[-1] in ("high", "low confidence")]
+    assert [row[0] for row in pace] == ["cpu", "emulated:0"]
+    assert all(float(cell) > 0 for row in pace for cell in row[1:-1])
+    assert "float32 GFLOP/s" in outcome.out
+    assert "launch us" in outcome.out
+
+
+def test_json_has_the_measured_numbers(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    outcome = command("devices", "--devices", "cpu", "--measure", "--refresh", "--json")
+    (cpu,) = Inventory.from_dict(json.loads(outcome.out))
+    assert dict(cpu.flops_per_s).keys() == set(cpu.dtypes)
+    assert cpu.measured in ("measured", "low confidence")
+
+
+def test_a_profile_is_believed(command: Callable[..., Any], tmp_path: Path) -> None:
+    numbers = {"device": "cpu", "flops_per_s": {"float32": 1.5e11}, "launch_s": 2.5e-6}
+    profile = {"format": "lightning_hetero device profile", "version": 1, "devices": [numbers]}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(profile))
+    outcome = command("devices", "--devices", "cpu", "--profile", str(path))
+    row = next(line for line in outcome.out.splitlines() if "150" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["cpu", "?", "150", "?", "?", "?", "2.50", "high"]
+
+
+def test_a_damaged_profile_is_explained(command: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text("{")
+    outcome = command("devices", "--devices", "cpu", "--profile", str(path))
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "mine.json' is damaged: " in outcome.err
+
+
+def test_hardware_is_shown_by_its_data_sheet(command: Callable[..., Any]) -> None:
+    outcome = command("devices", "--devices", "1xt4+1x24GiB")
+    assert outcome.code == 0
+    assert "NVIDIA T4 16GB" in outcome.out
+    assert "data sheet" in outcome.out
+
+
+@pytest.mark.parametrize("option", ["--json", None])
+def test_a_reader_that_has_gone_is_no_error(option: str | None) -> None:
+    # As with `... | head`, only that nobody reads at all: the end to read from is closed before there is a word.
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    options = [option] if option else []
+    with os.fdopen(write_end, "wb") as nobody:
+        ran = subprocess.run(
+            [sys.executable, "-m", "lightning_hetero.cli", "devices", "--devices", "cpu", *options],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert (ran.returncode, ran.stderr) == (141, "")
 
 
 def test_a_request_that_cannot_be_met_is_explained(command: Callable[..., Any]) -> None:

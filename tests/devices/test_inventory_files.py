@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_hetero.devices import DeviceSpec, Inventory, Link, NumaNode, resolve_devices, save_inventory
+from lightning_hetero.devices.origins import ORIGINS
 from lightning_hetero.errors import InventoryError
 
 GIB = 1024**3
@@ -20,6 +21,8 @@ texts = st.text(max_size=12)
 names = st.text(min_size=1, max_size=12)
 sizes = st.integers(1, 2**60)
 numbers = st.floats(min_value=0, max_value=1e15)
+rates = st.floats(min_value=1e-9, max_value=1e18)
+origins = st.sampled_from(ORIGINS)
 
 
 @st.composite
@@ -37,6 +40,10 @@ def devices(draw: st.DrawFn, name: str) -> DeviceSpec:
         dtypes=draw(st.lists(texts, max_size=3).map(tuple)),
         trainable=trainable,
         emulated=draw(st.booleans()),
+        flops_per_s=draw(st.lists(st.tuples(texts, rates), max_size=3).map(tuple)),
+        memory_bytes_per_s=draw(st.none() | rates),
+        launch_s=draw(st.none() | rates),
+        measured=draw(origins),
     )
 
 
@@ -51,6 +58,8 @@ def inventories(draw: st.DrawFn) -> Inventory:
         peer_access=st.booleans(),
         bandwidth_bytes_per_s=st.none() | numbers,
         latency_s=st.none() | numbers,
+        pinned_bandwidth_bytes_per_s=st.none() | numbers,
+        measured=origins,
     )
     nodes = st.builds(
         NumaNode,
@@ -180,6 +189,17 @@ def test_hardware_that_is_elsewhere_must_be_described_in_full(machine: Inventory
         ("devices: [{name: cpu, threads: 1.5}]", "a device, threads: must be a whole number, got 1.5"),
         ("devices: [{name: cpu, trainable: maybe}]", "a device, trainable: must be true or false, got 'maybe'"),
         ("devices: [{name: cpu, dtypes: float32}]", "a device, dtypes: must be a list, got 'float32'"),
+        ("devices: [{name: cpu, flops_per_s: 1e12}]", "must be rates by dtype such as {float32: 2e13}, got"),
+        ("devices: [{name: cpu, flops_per_s: [float32, 1]}]", "must be pairs of a dtype and a rate, got"),
+        ("devices: [{name: cpu, flops_per_s: {float32: much}}]", "flops_per_s: must be a number, got 'much'"),
+        (
+            "devices: [{name: cpu, flops_per_s: {float32: 0}}]",
+            "device 'cpu': flops_per_s of float32 must be a finite number > 0, got 0.0",
+        ),
+        (
+            "devices: [{name: cpu, measured: guessed}]",
+            "device 'cpu': measured must be one of '', 'measured', 'low confidence', 'data sheet', got 'guessed'",
+        ),
         ("devices: [{name: 7}]", "a device, name: must be a text, got 7"),
         (
             "devices: [{name: mine, kind: cuda, memory: 1GiB}]",
@@ -200,7 +220,8 @@ def test_hardware_that_is_elsewhere_must_be_described_in_full(machine: Inventory
         (
             "{devices: [cpu], links: [{source: cpu, target: cpu, bandwith: 1GB}]}",
             "unknown key 'bandwith' of a link; known are source, target, peer_access, bandwidth, "
-            "bandwidth_bytes_per_s, latency_s. Did you mean 'bandwidth'?",
+            "bandwidth_bytes_per_s, latency_s, pinned_bandwidth, pinned_bandwidth_bytes_per_s, measured. "
+            "Did you mean 'bandwidth'?",
         ),
         (
             "{devices: [cpu], links: [{source: cpu, target: cpu, bandwidth: fast}]}",

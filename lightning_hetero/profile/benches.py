@@ -1,0 +1,157 @@
+"""Where to measure: the real processors behind the devices of an inventory, and what the rest follow from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.optim.adam import adam
+
+from lightning_hetero.devices.spec import DeviceSpec, Inventory
+from lightning_hetero.profile.clock import medians, timed
+from lightning_hetero.profile.costs import Curve
+from lightning_hetero.profile.estimate import ADAM_ACCESSES, flops_per_s
+
+_MATMUL = 512
+_OPTIMIZER_ELEMENTS = (2**20, 2**10)  # the second for devices without room for the first
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A processor of this machine to measure on.
+
+    Attributes:
+        torch_device: Its name in torch.
+        threads: Intra-op threads; None leaves torch's setting alone.
+    """
+
+    torch_device: str = "cpu"
+    threads: int | None = None
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Set the bench's number of threads for a block."""
+        if self.threads is None:
+            yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @property
+    def device(self) -> torch.device:
+        """As torch's type."""
+        return torch.device(self.torch_device)
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """How the seconds of a device follow from those of a bench.
+
+    Attributes:
+        bench: What is measured.
+        factor: Seconds of the device for each second of the bench.
+        launch_s: What each call takes longer.
+        estimated: Whether the device itself is not here.
+        optimizer_s_per_byte: Of a step of Adam, if the device's memory tells; None scales the bench's.
+    """
+
+    bench: Bench
+    factor: float = 1.0
+    launch_s: float = 0.0
+    estimated: bool = False
+    optimizer_s_per_byte: float | None = None
+
+    def curve(self, measured: Curve, calls: int) -> Curve:
+        """Seconds of `calls` calls on the device, from those on the bench."""
+        return Curve(tuple((rows, seconds * self.factor + self.launch_s * calls) for rows, seconds in measured.points))
+
+
+def bases(inventory: Inventory, *, training: bool, dtype: str = "float32") -> dict[str, Basis]:
+    """The basis of each device of an inventory, by name; with `training`, of those that can train.
+
+    A real device is its own. The CPU stands for the devices that it plays, at the pace of the fastest of them (the
+    runtime stretches their work in the same way), and for those that are not here: their seconds are scaled by
+    `flops_per_s` where the inventory has it for the device, and else by relative speeds.
+
+    Args:
+        inventory: The devices.
+        training: Whether to leave out what torch cannot train on.
+        dtype: Of the model's parameters, for the data sheets.
+    """
+    devices = inventory.trainable if training else tuple(inventory)
+    fastest = max((device.speed for device in devices if device.emulated), default=1.0)
+    found: dict[str, Basis] = {}
+    for device in devices:
+        if device.emulated:
+            found[device.name] = Basis(Bench("cpu", device.threads), fastest / device.speed)
+        elif device.torch_device is not None and is_here(device.torch_device):
+            found[device.name] = Basis(Bench(device.torch_device))
+        else:
+            found[device.name] = _away(device, inventory, dtype)
+    return found
+
+
+def _away(device: DeviceSpec, inventory: Inventory, dtype: str) -> Basis:
+    host = next((other for other in inventory if other.torch_device == "cpu" and not other.emulated), None)
+    flops = flops_per_s(device, dtype)
+    if flops is None:
+        factor = (host.speed if host is not None else 1.0) / device.speed
+    else:
+        factor = ((flops_per_s(host, dtype) if host is not None else None) or host_flops_per_s()) / flops
+    adam_s = None if device.memory_bytes_per_s is None else ADAM_ACCESSES / device.memory_bytes_per_s
+    return Basis(Bench(), factor, device.launch_s or 0.0, estimated=True, optimizer_s_per_byte=adam_s)
+
+
+def is_here(torch_device: str) -> bool:
+    """Whether this process can run on a device."""
+    device = torch.device(torch_device)
+    if device.type == "cpu":
+        return True
+    module = getattr(torch, device.type, None)
+    try:
+        return bool(module is not None and module.is_available() and (device.index or 0) < module.device_count())
+    except Exception:  # a broken driver
+        return False
+
+
+def host_flops_per_s() -> float:
+    """What the CPU of this machine reaches in a float32 matrix product."""
+    cpu = torch.device("cpu")
+    matrix = torch.ones(_MATMUL, _MATMUL, dtype=torch.float32, device=cpu)
+    (seconds,) = medians(lambda: (timed(cpu, lambda: matrix @ matrix)[0],))
+    return 2 * _MATMUL**3 / seconds
+
+
+def optimizer_s_per_byte(device: torch.device) -> float:
+    """Seconds of a step of Adam, as torch picks it for the device, for each byte of float32 parameters."""
+    many, few = _OPTIMIZER_ELEMENTS
+    try:
+        return _adam_s(device, many) / (many * torch.float32.itemsize)
+    except torch.OutOfMemoryError:
+        return _adam_s(device, few) / (few * torch.float32.itemsize)
+
+
+def _adam_s(device: torch.device, elements: int) -> float:
+    # The function, not the class, whose steps call hooks that user code may have put on all optimizers.
+    weight, gradient, mean, square = ([torch.ones(elements, dtype=torch.float32, device=device)] for _ in range(4))
+    step = partial(
+        adam,
+        *(weight, gradient, mean, square, [], [torch.zeros((), device="cpu")]),
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=1e-3,
+        weight_decay=0.0,
+        eps=1e-8,
+        maximize=False,
+    )
+    with torch.no_grad():
+        (seconds,) = medians(lambda: (timed(device, step)[0],))
+    return seconds

@@ -1,0 +1,212 @@
+"""The nouns of a profile: curves of seconds, lines of bytes, what each unit costs, what flows between units.
+
+Numbers and names only, so that a profile is a file that can be mailed.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from lightning_hetero.errors import ProfileError
+
+OWN_CODE = ""  # stands for the model's code outside of units, which runs on the root device
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Bytes that grow with the rows of a batch.
+
+    Attributes:
+        fixed: What does not depend on rows.
+        per_row: What each row adds.
+    """
+
+    fixed: float = 0.0
+    per_row: float = 0.0
+
+    def __call__(self, rows: float) -> float:
+        """The value for a number of rows."""
+        return self.fixed + self.per_row * rows
+
+    def __add__(self, other: Line) -> Line:
+        return Line(self.fixed + other.fixed, self.per_row + other.per_row)
+
+    def scaled(self, factor: float) -> Line:
+        """The line of something `factor` times as large."""
+        return Line(self.fixed * factor, self.per_row * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds as a function of rows, measured at some numbers of rows.
+
+    Between two points the value lies on a straight line. Above the last point it goes on along the last line, below
+    the first along the first one, but never under 0. One point alone grows with the rows.
+
+    Attributes:
+        points: Rows and seconds, with rising rows.
+
+    Raises:
+        ProfileError: There is no point, rows do not rise or are below 1, or seconds are negative or not finite.
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        rows = [row for row, _ in self.points]
+        if not rows or rows[0] < 1 or any(a >= b for a, b in pairwise(rows)):
+            raise ProfileError(f"a curve needs points with rising rows, at least 1; got rows {rows}")
+        if any(not (math.isfinite(seconds) and seconds >= 0) for _, seconds in self.points):
+            raise ProfileError(f"a curve needs finite seconds, at least 0; got {[s for _, s in self.points]}")
+
+    def __call__(self, rows: float) -> float:
+        """Seconds for a number of rows."""
+        if rows <= 0:
+            return 0.0
+        if len(self.points) == 1:
+            (at, seconds) = self.points[0]
+            return seconds * rows / at
+        after = min(max(bisect_left(self.points, (rows, -1.0)), 1), len(self.points) - 1)
+        (low, low_s), (high, high_s) = self.points[after - 1], self.points[after]
+        return max(0.0, low_s + (high_s - low_s) * (rows - low) / (high - low))
+
+    def scaled(self, factor: float) -> Curve:
+        """The curve of a device that takes `factor` times as long."""
+        return Curve(tuple((rows, seconds * factor) for rows, seconds in self.points))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitCost:
+    """What one unit costs in one step: all of its calls together.
+
+    Attributes:
+        name: Name of the unit; "" stands for the model's own code on the root.
+        calls: How often it is called.
+        forward_s: Seconds of its forward on each device that was measured, by device name.
+        backward_s: Seconds of its backward likewise; empty for a model that is not trained.
+        saved_bytes: What autograd keeps of a call for its backward, parameters and inputs left out.
+        temporary_bytes: What it needs beyond that while it runs, at its worst moment.
+    """
+
+    name: str
+    calls: int = 1
+    forward_s: Mapping[str, Curve] = field(default_factory=dict)
+    backward_s: Mapping[str, Curve] = field(default_factory=dict)
+    saved_bytes: Line = Line()
+    temporary_bytes: Line = Line()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """Tensors that one unit makes and another one takes.
+
+    Attributes:
+        source: Name of the unit that makes them; "" for the model's own code, or the batch.
+        target: Name of the unit that takes them; "" for the model's own code, such as the loss.
+        size_bytes: How much.
+        chained: Whether they pass from one to the other inside of an `nn.Sequential`, straight from device to device.
+            All else passes through the root device.
+        has_gradient: Whether as much comes back in the backward.
+    """
+
+    source: str
+    target: str
+    size_bytes: Line
+    chained: bool = False
+    has_gradient: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelProfile:
+    """What a model costs.
+
+    Attributes:
+        model: Fingerprint of the model graph.
+        rows: Rows of the batch that was seen.
+        units: In the order of their first call. Units that were not called are missing.
+        own_code: The model's code outside of units, and the loss, on the root device.
+        flows: What passes between units.
+        optimizer_s_per_byte: Seconds of an optimizer step for each byte of trained parameter, by device name.
+        call_overhead_s: What the runtime adds to each call of a stage by a micro-batch, forward and backward.
+        estimated: Whether seconds of some device come from data sheets and sizes, and not from a clock.
+        notes: What could not be measured and was estimated instead, one sentence each.
+    """
+
+    model: str
+    rows: int
+    units: tuple[UnitCost, ...]
+    own_code: UnitCost = UnitCost(name=OWN_CODE)
+    flows: tuple[Flow, ...] = ()
+    optimizer_s_per_byte: Mapping[str, float] = field(default_factory=dict)
+    call_overhead_s: float = 0.0
+    estimated: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> UnitCost:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices on which every unit was measured."""
+        named = [set(unit.forward_s) for unit in self.units]
+        return tuple(sorted(set.intersection(*named))) if named else ()
+
+    @cached_property
+    def _by_name(self) -> dict[str, UnitCost]:
+        return {OWN_CODE: self.own_code, **{unit.name: unit for unit in self.units}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The profile as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelProfile:
+        """Read what `to_dict` wrote, also after it went through JSON.
+
+        Raises:
+            ProfileError: A field is missing, unknown or of a wrong value.
+        """
+        try:
+            return cls(
+                **{
+                    **data,
+                    "units": tuple(map(_unit, data["units"])),
+                    "own_code": _unit(data["own_code"]),
+                    "flows": tuple(map(_flow, data["flows"])),
+                    "notes": tuple(map(str, data["notes"])),
+                }
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProfileError(f"not a profile of this package: {type(error).__name__}: {error}") from error
+
+
+def _unit(data: Mapping[str, Any]) -> UnitCost:
+    return UnitCost(
+        **{
+            **data,
+            "forward_s": _curves(data["forward_s"]),
+            "backward_s": _curves(data["backward_s"]),
+            "saved_bytes": Line(**data["saved_bytes"]),
+            "temporary_bytes": Line(**data["temporary_bytes"]),
+        }
+    )
+
+
+def _flow(data: Mapping[str, Any]) -> Flow:
+    return Flow(**{**data, "size_bytes": Line(**data["size_bytes"])})
+
+
+def _curves(data: Mapping[str, Any]) -> dict[str, Curve]:
+    return {
+        name: Curve(tuple((int(rows), float(seconds)) for rows, seconds in curve["points"]))
+        for name, curve in data.items()
+    }

@@ -1,0 +1,151 @@
+"""Follows tensors, by their identity, from the unit that makes them to the unit that takes them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hetero.profile.costs import OWN_CODE, Flow, Line
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What is known of a tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """The description of a tensor."""
+        return cls(tuple(map(int, tensor.shape)), tensor.dtype, tensor.requires_grad)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the elements."""
+        return self.numel * self.dtype.itemsize
+
+    def carries(self, rows: int) -> bool:
+        """Whether dim 0 holds the batch's rows, one or several entries for each. Of one row nobody can tell more."""
+        if not self.shape or self.shape[0] < rows:
+            return False
+        return self.shape[0] == 1 if rows == 1 else self.shape[0] % rows == 0
+
+    def line(self, rows: int) -> Line:
+        """Bytes as a function of rows, which may be in another dim too: states of an LSTM have them in dim 1."""
+        grows = self.carries(rows) or (rows > 1 and rows in self.shape)
+        return Line(0.0, self.size_bytes / rows) if grows else Line(float(self.size_bytes), 0.0)
+
+
+@dataclass(slots=True)
+class _Made:
+    """A tensor on its way.
+
+    Attributes:
+        source: The unit that made it; "" for own code and the batch.
+        spec: What it looks like.
+        straight: Whether it is still inside of the chain in which it was made.
+        version: How often it had been changed in place by then.
+        ref: The tensor, as long as it lives.
+        taken: Whether it was passed on already, so that own code is not the one that waits for it.
+    """
+
+    source: str
+    spec: TensorSpec
+    straight: bool
+    version: int
+    ref: weakref.ref[Tensor]
+    taken: bool = False
+
+
+class Tracker:
+    """Told of calls by the recording's hooks, it knows in the end what flows where."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, _Made] = {}
+        self._outputs: list[_Made] = []
+        self._passed: list[tuple[str, str, bool, TensorSpec]] = []
+        self._chains: list[bool] = []  # the modules around, innermost last: is it a chain?
+
+    @property
+    def _in_chain(self) -> bool:
+        return bool(self._chains) and self._chains[-1]
+
+    def enter_module(self, chain: bool) -> None:
+        """The forward of a module with units below it begins."""
+        self._chains.append(chain)
+
+    def leave_module(self, outputs: Iterable[Tensor]) -> None:
+        """It ends; what it returns goes to the root, unless the module around it is a chain."""
+        self._chains.pop()
+        for tensor in outputs:
+            made = self._find(tensor)
+            if made is not None:
+                made.straight &= self._in_chain
+
+    def take(self, unit: str, inputs: Iterable[Tensor]) -> None:
+        """A unit is called."""
+        for tensor in inputs:
+            made = self._find(tensor)
+            if made is None:
+                made = self._add(tensor, OWN_CODE, straight=False)
+            made.taken = True
+            chained = made.straight and self._in_chain and made.source != OWN_CODE
+            self._passed.append((made.source, unit, chained, TensorSpec.of(tensor)))
+
+    def make(self, unit: str, outputs: Iterable[Tensor]) -> None:
+        """A unit returns."""
+        for tensor in outputs:
+            self._outputs.append(self._add(tensor, unit, straight=self._in_chain))
+
+    def sources(self, inputs: Iterable[Tensor]) -> list[_Made]:
+        """Where the inputs of a parameter-free module come from, if it stands in a chain: it computes there."""
+        if not self._in_chain:
+            return []
+        return [made for made in map(self._find, inputs) if made is not None and made.straight]
+
+    def carry(self, sources: list[_Made], outputs: Iterable[Tensor]) -> None:
+        """A parameter-free module in a chain returns: its outputs come from where its inputs were."""
+        if len({made.source for made in sources}) != 1:
+            return
+        for made in sources:
+            made.taken = True
+        for tensor in outputs:
+            self._outputs.append(self._add(tensor, sources[0].source, straight=True))
+
+    def flows(self, rows: int) -> tuple[Flow, ...]:
+        """All flows, equal ones added up, in the order in which they were seen."""
+        passed = list(self._passed)
+        passed += [(made.source, OWN_CODE, False, made.spec) for made in self._outputs if not made.taken]
+        sizes: dict[tuple[str, str, bool, bool], Line] = {}
+        for source, target, chained, spec in passed:
+            key = (source, target, chained, spec.requires_grad)
+            sizes[key] = sizes.get(key, Line()) + spec.line(rows)
+        return tuple(
+            Flow(source=source, target=target, chained=chained, has_gradient=has_gradient, size_bytes=size)
+            for (source, target, chained, has_gradient), size in sizes.items()
+        )
+
+    def _find(self, tensor: Tensor) -> _Made | None:
+        """Who made the tensor, if nobody changed it in place since."""
+        made = self._made.get(id(tensor))
+        return made if made is not None and made.ref() is tensor and made.version == _version(tensor) else None
+
+    def _add(self, tensor: Tensor, source: str, *, straight: bool) -> _Made:
+        made = _Made(source, TensorSpec.of(tensor), straight, _version(tensor), weakref.ref(tensor))
+        self._made[id(tensor)] = made
+        return made
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,131 @@
+"""Measures one sort of unit: on one bench after the other, at one number of rows after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lightning_hetero.profile.alone import Alone, Carriers, carrier_choices
+from lightning_hetero.profile.benches import Bench
+from lightning_hetero.profile.costs import Curve, Line
+from lightning_hetero.profile.sample import Sample
+from lightning_hetero.profile.sizes import line_through, sizes
+
+
+@dataclass
+class Job:
+    """What is known of one sort of unit so far.
+
+    Attributes:
+        unit: One unit of this sort.
+        sample: A call of it.
+        seen_rows: Rows of the batch in that call.
+        training: Whether to run the backward too.
+        forward: Seconds of the forward by bench and rows.
+        backward: Seconds of the backward likewise.
+        saved: What autograd keeps of a call; None until known.
+        temporary: What a call needs beyond it; None until known.
+        errors: What went wrong, by bench.
+    """
+
+    unit: nn.Module
+    sample: Sample
+    seen_rows: int
+    training: bool
+    forward: dict[Bench, dict[int, float]] = field(default_factory=dict)
+    backward: dict[Bench, dict[int, float]] = field(default_factory=dict)
+    saved: Line | None = None
+    temporary: Line | None = None
+    errors: dict[Bench, str] = field(default_factory=dict)
+    _carriers: Carriers | None = None
+    _constant: bool = False  # no input depends on the rows
+
+    def measure(self, bench: Bench, counts: tuple[int, ...]) -> None:
+        """Measure at these numbers of rows. An error is noted, not raised: the device may be too small for the unit."""
+        if bench in self.errors and not self.forward.get(bench):
+            return
+        try:
+            with bench.use():
+                self._measure(bench, counts)
+        except Exception as error:  # user code may raise anything, and each backend lacks something else
+            self.errors[bench] = first_line(error)
+
+    def curves(self, bench: Bench) -> tuple[Curve, Curve] | None:
+        """Seconds of forward and backward of one call; None if it was not measured."""
+        forward = self.forward.get(bench)
+        if not forward:
+            return None
+        backward = self.backward[bench]
+        return rising(forward), rising(backward)
+
+    def _measure(self, bench: Bench, counts: tuple[int, ...]) -> None:
+        alone = Alone(self.unit, self.sample, seen_rows=self.seen_rows, device=bench.device, training=self.training)
+        if self._carriers is None:
+            self._carriers = self._find_carriers(alone)
+        forward, backward = self.forward.setdefault(bench, {}), self.backward.setdefault(bench, {})
+        if not self._carriers:
+            counts = (self.seen_rows,)
+        failed: Exception | None = None
+        for rows in sorted(set(counts) - set(forward)):
+            try:
+                forward[rows], backward[rows] = alone.seconds(alone.inputs(rows, self._carriers))
+            except torch.OutOfMemoryError as error:
+                failed = error
+                break  # more rows will not fit either
+            except Exception as error:  # such as BatchNorm's, which cannot train on one row
+                failed = error
+        if forward:
+            self._size(alone, tuple(forward))
+        if failed is not None and len(forward) < 2:
+            raise failed
+        self.errors.pop(bench, None)
+        if self._constant:  # a second point makes the curve flat
+            for seconds in (forward, backward):
+                seconds[self.seen_rows + 1] = seconds[self.seen_rows]
+
+    def _size(self, alone: Alone, counts: tuple[int, ...]) -> None:
+        if self.saved is not None:
+            return
+        carriers = self._carriers or frozenset()
+        with suppress(Exception):  # the next bench is asked, in the end the outputs' sizes stand in
+            found = {rows: sizes(alone, alone.inputs(rows, carriers)) for rows in {min(counts), max(counts)}}
+            saved, temporary = ({rows: pair[at] for rows, pair in found.items()} for at in (0, 1))
+            if self._constant:
+                self.saved, self.temporary = (Line(float(max(each.values()))) for each in (saved, temporary))
+            else:
+                self.saved, self.temporary = line_through(saved), line_through(temporary)
+
+    def _find_carriers(self, alone: Alone) -> Carriers:
+        """The tensors that hold the batch's rows: with two rows in them, as many come out. None of them if unclear."""
+        choices = list(carrier_choices(self.sample, self.seen_rows))
+        trial = 2 if self.seen_rows > 2 else self.seen_rows + 1  # one row is too little for BatchNorm
+        self._constant = not choices
+        for choice in choices:
+            try:
+                if alone.scales(trial, choice):
+                    return choice
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever user code says to sizes that make no sense
+                continue
+        return frozenset()
+
+
+def rising(seconds: Mapping[int, float]) -> Curve:
+    """The curve through some seconds by rows. Fewer rows never take longer: where they did, it was another program."""
+    points: list[tuple[int, float]] = []
+    least_s = math.inf
+    for rows, found_s in sorted(seconds.items(), reverse=True):
+        least_s = min(least_s, found_s)
+        points.append((rows, least_s))
+    return Curve(tuple(reversed(points)))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a note."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
