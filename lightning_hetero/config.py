@@ -41,13 +41,21 @@ class PlacementConf:
         policy: Name of a policy, a device map, or a policy object (`{_target_: ...}`).
         device_map: Module name to device, for `placement=manual`.
         no_split: Names or classes of modules that have to stay whole.
+        constraints: Rules for every policy, such as `{trusted: [cuda:0], private: [embedding]}`.
+        objective: "step_time", "throughput", "latency" or "peak_memory".
         plan: Path of a plan file to obey instead of deciding anew.
+        profile: "auto", "always" or "never": whether to measure the model in the first steps, and plan anew.
+        device_profile: Path of a file with measured numbers of the devices.
     """
 
     policy: Any = "auto"
     device_map: Any = None
     no_split: Optional[List[str]] = None  # noqa: UP006, UP045
+    constraints: Any = None
+    objective: str = "step_time"
     plan: Optional[str] = None  # noqa: UP045
+    profile: str = "auto"
+    device_profile: Optional[str] = None  # noqa: UP045
 
 
 @dataclass
@@ -55,17 +63,18 @@ class ScheduleConf:
     """How batches flow through the devices.
 
     Attributes:
-        micro_batches: How many parts a batch is cut into; null leaves it to the environment, and else to 1.
+        micro_batches: How many parts a batch is cut into; null leaves it to the environment, and else to the plan.
         micro_batching: "forward" cuts calls of modules, "step" the whole training step.
         rule: Name of the schedule for "step".
-        rematerialize: Whether the backward runs forwards again instead of keeping activations, with "forward".
+        rematerialize: Whether the backward runs forwards again instead of keeping activations, with "forward"; or
+            "auto", which leaves it to the plan.
         batch_norm: "whole", or "defer" for statistics of micro-batches, with "forward".
     """
 
     micro_batches: Optional[int] = None  # noqa: UP045
     micro_batching: str = "forward"
     rule: Optional[str] = None  # noqa: UP045
-    rematerialize: bool = False
+    rematerialize: Any = False
     batch_norm: str = "whole"
 
 
@@ -74,6 +83,7 @@ SCHEMAS = {"devices": DevicesConf, "placement": PlacementConf, "schedule": Sched
 
 _MAPPINGS: dict[str, tuple[type[HeteroError], str]] = {
     "devices.memory": (InventoryError, r"'devices.memory={cuda\:0: 10GiB}'"),
+    "placement.constraints": (PlacementError, r"'placement.constraints={trusted: [cpu]}'"),
     "placement.device_map": (PlacementError, r"'placement.device_map={backbone: cuda\:0, *: auto}'"),
 }
 

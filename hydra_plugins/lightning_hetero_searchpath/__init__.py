@@ -38,10 +38,14 @@ class HeteroConf:
     memory: Optional[Dict[str, Any]] = None  # noqa: UP006, UP045
     plan: Optional[str] = None  # noqa: UP045
     no_split: Optional[List[str]] = None  # noqa: UP006, UP045
+    constraints: Optional[Dict[str, Any]] = None  # noqa: UP006, UP045
+    objective: str = "step_time"
     micro_batches: Optional[int] = None  # noqa: UP045
     micro_batching: str = "forward"
     schedule: Optional[str] = None  # noqa: UP045
-    rematerialize: bool = False
+    rematerialize: Any = False
+    profile: str = "auto"
+    device_profile: Optional[str] = None  # noqa: UP045
     batch_norm: str = "whole"
     hang_timeout_s: float = 600.0
     verbose: bool = True

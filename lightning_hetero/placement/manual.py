@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 
 from lightning_hetero.devices.spec import Inventory
 from lightning_hetero.errors import PlacementError
-from lightning_hetero.graph.model import ModelGraph, Unit
+from lightning_hetero.graph.model import ModelGraph
 from lightning_hetero.placement.auto import AutoPolicy
-from lightning_hetero.placement.policy import Placement, Problem, register_policy
-
-_REST = ("", "*")
+from lightning_hetero.placement.names import REST, check_module_name, listing, longest
+from lightning_hetero.placement.policy import Placement, register_policy
+from lightning_hetero.placement.problem import Problem
 
 
 @register_policy("manual")
@@ -41,24 +40,27 @@ class ManualPolicy:
             raise PlacementError(
                 "placement 'manual' needs a device map, for example "
                 'placement={"backbone": "cuda:0", "": "auto"}; names are those of `named_modules()`. '
-                f"Units of this model: {_listing(graph.names)}."
+                f"Units of this model: {listing(graph.names)}."
             )
         devices = {key: _device(value, key, inventory) for key, value in self.device_map.items()}
-        _check_keys(devices, graph)
-        device_of = {unit.name: devices[key] for unit in graph.units if (key := _key(unit, devices)) is not None}
+        for key in devices:
+            check_module_name(key, graph, "device map")
+        keys = {unit.name: longest(devices, unit) for unit in graph.units}
+        device_of = {name: devices[key] for name, key in keys.items() if key is not None}
         _share_ties(device_of, devices, graph)
         missing = [name for name in graph.names if name not in device_of]
         if missing:
             raise PlacementError(
-                f"the device map leaves out {_listing(missing)}. Add them, or a default for the rest: "
+                f"the device map leaves out {listing(missing)}. Add them, or a default for the rest: "
                 '"": "auto" (or a device).'
             )
         rest = [unit for unit in graph.units if device_of[unit.name] == "auto"]
         notes = [f"{len(graph.units) - len(rest)} of {len(graph.units)} units are placed by hand."]
         if rest:
-            answer = AutoPolicy().place(_without(problem, device_of, rest))
-            device_of.update(answer.device_of)
+            answer = AutoPolicy().place(_pinned(problem, device_of))
+            device_of |= {unit.name: answer.device_of[unit.name] for unit in rest}
             notes.append(f"The rest: {' '.join(answer.notes)}")
+            return replace(answer, device_of=device_of, notes=tuple(notes))
         return Placement(device_of=device_of, notes=tuple(notes))
 
 
@@ -89,40 +91,11 @@ def _device(value: object, key: str, inventory: Inventory) -> str:
     raise PlacementError(f"{where}: unknown device {name!r}. {exist}")
 
 
-def _covers(key: str, unit: Unit) -> bool:
-    return key in _REST or any(name == key or name.startswith(f"{key}.") for name in (unit.name, *unit.aliases))
-
-
-def _key(unit: Unit, devices: Mapping[str, str]) -> str | None:
-    """The longest key that covers the unit."""
-    return max((key for key in devices if _covers(key, unit)), key=lambda k: len(k.strip("*")), default=None)
-
-
-def _check_keys(devices: Mapping[str, str], graph: ModelGraph) -> None:
-    for key in devices:
-        if key in _REST or any(_covers(key, unit) for unit in graph.units):
-            continue
-        inside = next((n for n in graph.names if key.startswith(f"{n}.")), None)
-        if inside is not None:
-            why = dict(graph.whole).get(inside, "it is one unit")
-            raise PlacementError(
-                f"device map: {key!r} lies inside {inside!r}, which stays whole because {why}. "
-                f"Place {inside!r} instead."
-            )
-        names = sorted({".".join(n.split(".")[: i + 1]) for n in graph.names for i in range(n.count(".") + 1)})
-        near = get_close_matches(key, names, n=3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise PlacementError(
-            f"device map: no unit is named {key!r} or lies below it.{hint} "
-            f"Units of this model: {_listing(graph.names)}."
-        )
-
-
 def _share_ties(device_of: dict[str, str], devices: Mapping[str, str], graph: ModelGraph) -> None:
     """Tied units go where the one with the longest key goes; two devices for one group are an error."""
     for group in graph.groups:
-        keys = {unit.name: key for unit in group if (key := _key(unit, devices)) is not None}
-        named = {unit: devices[key] for unit, key in keys.items() if key not in _REST}
+        keys = {unit.name: key for unit in group if (key := longest(devices, unit)) is not None}
+        named = {unit: devices[key] for unit, key in keys.items() if key not in REST}
         if len(set(named.values())) > 1:
             tied = [(u.name, named[u.name]) for u in group if u.name in named and not u.is_parameter_free]
             apart = [(n, d) for n, d in tied if d != tied[0][1]]
@@ -137,23 +110,11 @@ def _share_ties(device_of: dict[str, str], devices: Mapping[str, str], graph: Mo
             device_of.update({u.name: named.get(u.name, device) for u in group})
 
 
-def _without(problem: Problem, device_of: Mapping[str, str], rest: list[Unit]) -> Problem:
-    """The problem that is left when everything else has taken its room."""
-    taken: dict[str, int] = {}
-    for unit in problem.graph.units:
-        device = device_of[unit.name]
-        taken[device] = taken.get(device, 0) + problem.need_bytes([unit])
-    devices = tuple(
-        replace(device, memory_bytes=max(1, device.memory_bytes - taken.get(device.name, 0)))
-        for device in problem.inventory
-    )
-    return replace(
-        problem,
-        graph=replace(problem.graph, units=tuple(rest)),
-        inventory=replace(problem.inventory, devices=devices),
-    )
-
-
-def _listing(names: tuple[str, ...] | list[str]) -> str:
-    shown = ", ".join(map(repr, names[:6]))
-    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
+def _pinned(problem: Problem, device_of: Mapping[str, str]) -> Problem:
+    """The problem with everything pinned that is placed by hand."""
+    pins = dict(problem.constraints.pins)
+    for group in problem.graph.groups:
+        by_hand = [unit.name for unit in group if device_of[unit.name] != "auto"]
+        # A group moves as one, so its first unit stands for it; units without parameters may still be placed apart.
+        pins |= {unit.name: device_of[by_hand[0]] for unit in group if by_hand}
+    return replace(problem, constraints=replace(problem.constraints, pins=pins))

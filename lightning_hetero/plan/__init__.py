@@ -3,6 +3,19 @@
 from lightning_hetero.plan.build import build_plan
 from lightning_hetero.plan.check import check_memory, check_plan
 from lightning_hetero.plan.explain import explain
+from lightning_hetero.plan.forecast import Alternative, DeviceForecast, Execution, Forecast
 from lightning_hetero.plan.plan import MemoryNeed, Plan, Stage
 
-__all__ = ["MemoryNeed", "Plan", "Stage", "build_plan", "check_memory", "check_plan", "explain"]
+__all__ = [
+    "Alternative",
+    "DeviceForecast",
+    "Execution",
+    "Forecast",
+    "MemoryNeed",
+    "Plan",
+    "Stage",
+    "build_plan",
+    "check_memory",
+    "check_plan",
+    "explain",
+]

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from lightning_hetero.devices.spec import Inventory
 from lightning_hetero.graph.model import ModelGraph, Unit
-from lightning_hetero.plan.plan import MemoryNeed, Plan, Stage
+from lightning_hetero.plan.plan import Alternative, Execution, Forecast, MemoryNeed, Plan, Stage
 
 
 def build_plan(
@@ -19,6 +19,12 @@ def build_plan(
     notes: Iterable[str] = (),
     training: bool = True,
     optimizer_factor: float = 0.0,
+    execution: Execution | None = None,
+    forecast: Forecast | None = None,
+    proof: str = "",
+    alternatives: Iterable[Alternative] = (),
+    objective: str = "step_time",
+    seed: int = 0,
 ) -> Plan:
     """Cut the units, in order, into runs on one device.
 
@@ -30,6 +36,12 @@ def build_plan(
         notes: Its reasons.
         training: Whether gradients and optimizer state are needed.
         optimizer_factor: Bytes of optimizer state for each byte of trained parameter.
+        execution: How a batch runs; None: whole.
+        forecast: What that will take.
+        proof: What is known about how good the plan is.
+        alternatives: What was rejected, the best first.
+        objective: What was minimised.
+        seed: Of whatever was random in the search.
     """
     stages = []
     for device, run in groupby(graph.units, key=lambda unit: device_of[unit.name]):
@@ -52,6 +64,12 @@ def build_plan(
         model=graph.fingerprint,
         optimizer_factor=optimizer_factor,
         training=training,
+        execution=execution or Execution(),
+        forecast=forecast,
+        proof=proof,
+        alternatives=tuple(alternatives),
+        objective=objective,
+        seed=seed,
     )
 
 

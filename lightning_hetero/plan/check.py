@@ -7,6 +7,7 @@ from collections import Counter
 from lightning_hetero.errors import InfeasiblePlanError, PlacementError
 from lightning_hetero.graph.model import ModelGraph
 from lightning_hetero.plan.explain import text_table
+from lightning_hetero.plan.forecast import FORWARD, WHOLE, DeviceForecast, Execution
 from lightning_hetero.plan.plan import MemoryNeed, Plan
 from lightning_hetero.units import format_bytes
 
@@ -26,13 +27,14 @@ def check_plan(plan: Plan, graph: ModelGraph) -> None:
 
 
 def check_memory(plan: Plan, graph: ModelGraph) -> None:
-    """Raise if some device has less memory than the plan needs of it.
+    """Raise if some device has less memory than the plan needs of it: with activations if they were predicted.
 
     Raises:
         InfeasiblePlanError: With a table of need against limit, and the cheapest ways out.
     """
     over = [d for d in plan.devices if plan.need_of(d.name).total_bytes > d.memory_bytes]
     if not over:
+        _check_peak(plan)
         return
     rows = [_memory_row(plan, device.name, device.memory_bytes) for device in plan.devices if device.trainable]
     worst = max(over, key=lambda d: plan.need_of(d.name).total_bytes - d.memory_bytes)
@@ -41,8 +43,49 @@ def check_memory(plan: Plan, graph: ModelGraph) -> None:
         f"the plan of policy {plan.policy!r} needs {format_bytes(need)} on {worst.name!r}, which has "
         f"{format_bytes(worst.memory_bytes)} (activations come on top).\n"
         + text_table(("device", "parameters", "gradients", "optimizer", "buffers", "needed", "limit", ""), rows)
-        + f"\n{_largest(graph, plan)}\nTry: {_ways_out(plan)}."
+        + f"\n{_largest(graph, plan)}\nTry: {'; '.join(_ways_out(plan))}."
     )
+
+
+def _check_peak(plan: Plan) -> None:
+    """Raise if what was predicted, with activations, is more than some device has."""
+    if plan.forecast is None:
+        return
+    limit = {d.device: d.limit_bytes for d in plan.forecast.devices}
+    limit |= {device.name: device.memory_bytes for device in plan.devices}
+    over = [d for d in plan.forecast.devices if d.memory_bytes > limit[d.device]]
+    if not over:
+        return
+    rows = [_peak_row(plan, device, limit[device.device]) for device in plan.forecast.devices]
+    worst = max(over, key=lambda d: d.memory_bytes - limit[d.device])
+    raise InfeasiblePlanError(
+        f"the plan of policy {plan.policy!r} needs {format_bytes(worst.memory_bytes)} on {worst.device!r} at its peak, "
+        f"which has {format_bytes(limit[worst.device])}.\n"
+        + text_table(("device", "stays", "activations", "needed", "limit", ""), rows)
+        + f"\nTry: {'; '.join([*_fewer_activations(plan.execution, plan.training), *_ways_out(plan)])}."
+    )
+
+
+def _peak_row(plan: Plan, device: DeviceForecast, limit_bytes: int) -> tuple[str, ...]:
+    stays = plan.need_of(device.device).total_bytes
+    parts = (stays, device.memory_bytes - stays, device.memory_bytes, limit_bytes)
+    return device.device, *map(format_bytes, parts), _verdict(device.memory_bytes, limit_bytes)
+
+
+def _fewer_activations(execution: Execution, training: bool) -> list[str]:
+    """What keeps fewer activations, the cheapest first."""
+    more = f"more micro-batches (now {execution.micro_batches})"
+    if not training:
+        return ["fewer rows in a batch"]
+    if execution.schedule == WHOLE:
+        ways = ["micro_batches=4 with rematerialize=True, which keeps activations of a part of the batch only"]
+    elif execution.schedule == FORWARD and not execution.rematerialize:
+        ways = ["rematerialize=True, which keeps activations of a few micro-batches only"]
+    elif execution.schedule == "gpipe":
+        ways = ["schedule='1f1b', which keeps activations of a few micro-batches only"]
+    else:
+        ways = [f"{more}, which makes each of those that are kept smaller"]
+    return [*ways, "fewer rows in a batch, with accumulate_grad_batches to make up for it"]
 
 
 def _check_units(plan: Plan, graph: ModelGraph) -> None:
@@ -89,14 +132,18 @@ def _check_ties(plan: Plan, graph: ModelGraph) -> None:
 def _memory_row(plan: Plan, name: str, limit_bytes: int) -> tuple[str, ...]:
     need: MemoryNeed = plan.need_of(name)
     parts = (need.parameters_bytes, need.gradients_bytes, need.optimizer_bytes, need.buffers_bytes)
-    over = need.total_bytes - limit_bytes
     return (
         name,
         *(format_bytes(part) for part in parts),
         format_bytes(need.total_bytes),
         format_bytes(limit_bytes),
-        f"{format_bytes(over)} too much" if over > 0 else "fits",
+        _verdict(need.total_bytes, limit_bytes),
     )
+
+
+def _verdict(need_bytes: int, limit_bytes: int) -> str:
+    over = need_bytes - limit_bytes
+    return f"{format_bytes(over)} too much" if over > 0 else "fits"
 
 
 def _largest(graph: ModelGraph, plan: Plan) -> str:
@@ -108,7 +155,7 @@ def _largest(graph: ModelGraph, plan: Plan) -> str:
     )
 
 
-def _ways_out(plan: Plan) -> str:
+def _ways_out(plan: Plan) -> list[str]:
     free = sum(d.memory_bytes for d in plan.inventory.trainable)
     need = sum(plan.need_of(d.name).total_bytes for d in plan.devices)
     ways = []
@@ -119,7 +166,7 @@ def _ways_out(plan: Plan) -> str:
         ways.append("an optimizer with less state, such as SGD")
     if plan.training:
         ways.append("a 16-bit precision such as precision='bf16-true'")
-    return "; ".join(ways)
+    return ways
 
 
 def _listing(names: list[str] | tuple[str, ...]) -> str:

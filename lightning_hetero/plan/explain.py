@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_hetero.plan.forecast import WHOLE, Forecast
 from lightning_hetero.plan.plan import Plan
 from lightning_hetero.units import format_bytes
 
 HEADER = ("stage", "device", "units", "parameters", "memory", "capacity", "used")
+DEVICE_HEADER = ("device", "computes", "slack", "receives", "peak memory", "capacity", "used")
 
 
 def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -43,8 +45,52 @@ def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def explain(plan: Plan) -> str:
-    """The table and the reasons as plain text."""
-    return "\n".join([title(plan), text_table(HEADER, stage_rows(plan)), *plan.notes])
+    """The table, what was predicted and rejected, and the reasons, as plain text."""
+    return "\n".join([title(plan), text_table(HEADER, stage_rows(plan)), *outlook(plan), *plan.notes])
+
+
+def outlook(plan: Plan) -> list[str]:
+    """Lines about what the plan will take, how good it is, and what was rejected; none if nobody predicted it."""
+    lines = []
+    if plan.forecast is not None:
+        lines += [_step(plan, plan.forecast), text_table(DEVICE_HEADER, device_rows(plan.forecast))]
+    if plan.proof:
+        lines.append(plan.proof)
+    if plan.alternatives:
+        rows = [(a.policy, _seconds_or_no(a.step_s), a.reason) for a in plan.alternatives]
+        lines += ["Rejected:", text_table(("policy", "step", "why not"), rows)]
+    return lines
+
+
+def device_rows(forecast: Forecast) -> list[tuple[str, ...]]:
+    """One row for each device that takes part, under `DEVICE_HEADER`. Slack is the time that it does not compute."""
+    return [
+        (
+            device.device,
+            format_seconds(device.busy_s),
+            _share(forecast.step_s - device.busy_s, forecast.step_s),
+            format_seconds(device.transfer_s),
+            *_memory(device.memory_bytes, device.limit_bytes),
+        )
+        for device in forecast.devices
+    ]
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a time for people, with three significant digits.
+
+    Example:
+        >>> format_seconds(0.01234), format_seconds(75), format_seconds(0)
+        ('12.3 ms', '75.0 s', '0 s')
+    """
+    if seconds == 0:
+        return "0 s"
+    for unit, size_s in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= 0.9995 * size_s or unit == "us":
+            break
+    value = seconds / size_s
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"
 
 
 def title(plan: Plan) -> str:
@@ -67,6 +113,28 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def _step(plan: Plan, forecast: Forecast) -> str:
+    """One line over the table of devices."""
+    execution = plan.execution
+    how = "in one piece"
+    if execution.schedule != WHOLE:
+        how = f"{execution.micro_batches} micro-batches, schedule {execution.schedule!r}"
+    how += ", forwards repeated in the backward" if execution.rematerialize else ""
+    source = " from estimated costs" if forecast.estimated else ""
+    return (
+        f"Predicted{source}: {format_seconds(forecast.step_s)} a step ({how}), bound by {forecast.bottleneck} "
+        "(peak memory: activations included)"
+    )
+
+
+def _seconds_or_no(seconds: float | None) -> str:
+    return "does not fit" if seconds is None else format_seconds(seconds)
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "0 %"
 
 
 def _memory(need_bytes: int, capacity_bytes: int) -> tuple[str, str, str]:

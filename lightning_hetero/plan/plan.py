@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lightning_hetero.devices.spec import DeviceSpec, Inventory
-from lightning_hetero.errors import InventoryError, PlanFileError
+from lightning_hetero.errors import PlanFileError
+from lightning_hetero.plan.forecast import Alternative, DeviceForecast, Execution, Forecast
+from lightning_hetero.plan.read import read_record
+
+__all__ = [
+    "Alternative",
+    "DeviceForecast",
+    "Execution",
+    "Forecast",
+    "MemoryNeed",
+    "Plan",
+    "Stage",
+]
 
 FORMAT = "lightning_hetero.plan"
 VERSION = 1
+LATER_FIELDS = ("execution", "forecast", "proof", "alternatives", "objective", "seed")
+"""What plans of earlier releases do not have; such a plan is read with the defaults."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +81,12 @@ class Plan:
         model: Fingerprint of the model.
         optimizer_factor: Bytes of optimizer state for each byte of trained parameter.
         training: Whether gradients and optimizer state are counted.
+        execution: How a batch runs.
+        forecast: What that will take; None if nobody predicted it.
+        proof: What is known about how good the plan is, in words.
+        alternatives: What was rejected, the best first.
+        objective: What was minimised.
+        seed: Of whatever was random in the search.
     """
 
     policy: str
@@ -77,6 +97,12 @@ class Plan:
     model: str = ""
     optimizer_factor: float = 0.0
     training: bool = True
+    execution: Execution = field(default_factory=Execution)
+    forecast: Forecast | None = None
+    proof: str = ""
+    alternatives: tuple[Alternative, ...] = ()
+    objective: str = "step_time"
+    seed: int = 0
 
     @property
     def inventory(self) -> Inventory:
@@ -155,47 +181,15 @@ class Plan:
 
 
 def _plan(cls: type[Plan], data: Mapping[str, Any]) -> Plan:
+    record = {name: value for name, value in data.items() if name not in ("format", "version")}
+    extra = sorted(set(record) - {known.name for known in fields(cls)})
+    if extra:
+        raise PlanFileError(f"the plan has an unknown field {extra[0]!r}; it was edited or is damaged")
     try:
-        known = {field.name for field in fields(cls)}
-        extra = sorted(set(data) - known - {"format", "version"})
-        if extra:
-            raise PlanFileError(f"the plan has an unknown field {extra[0]!r}; it was edited or is damaged")
-        return cls(
-            policy=_text(data["policy"]),
-            devices=Inventory.from_dict({"devices": data["devices"]}).devices,
-            stages=tuple(_stage(stage) for stage in data["stages"]),
-            loose=_need(data["loose"]),
-            notes=tuple(map(_text, data["notes"])),
-            model=_text(data["model"]),
-            optimizer_factor=float(data["optimizer_factor"]),
-            training=bool(data["training"]),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, InventoryError) as error:
-        if isinstance(error, PlanFileError):
-            raise
+        return read_record(cls, record, optional=LATER_FIELDS, readers={"devices": _devices})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise PlanFileError(f"the plan is damaged: {type(error).__name__}: {error}") from error
 
 
-def _stage(data: Mapping[str, Any]) -> Stage:
-    return Stage(
-        device=_text(data["device"]),
-        units=tuple(map(_text, data["units"])),
-        parameters=_count(data["parameters"]),
-        need=_need(data["need"]),
-    )
-
-
-def _need(data: Mapping[str, Any]) -> MemoryNeed:
-    return MemoryNeed(**{field.name: _count(data[field.name]) for field in fields(MemoryNeed)})
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a text, got {value!r}")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"expected a whole number >= 0, got {value!r}")
-    return value
+def _devices(data: object) -> tuple[DeviceSpec, ...]:
+    return Inventory.from_dict({"devices": data}).devices

@@ -16,7 +16,7 @@ from lightning_hetero.profile.costs import Curve
 from lightning_hetero.profile.estimate import ADAM_ACCESSES, flops_per_s
 
 _MATMUL = 512
-_OPTIMIZER_ELEMENTS = (2**20, 2**10)  # the second for devices without room for the first
+_FEW_ELEMENTS, _MANY_ELEMENTS = 2**10, 2**22  # between which an optimizer is timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +129,19 @@ def host_flops_per_s() -> float:
     return 2 * _MATMUL**3 / seconds
 
 
-def optimizer_s_per_byte(device: torch.device) -> float:
-    """Seconds of a step of Adam, as torch picks it for the device, for each byte of float32 parameters."""
-    many, few = _OPTIMIZER_ELEMENTS
+def optimizer_s_per_byte(device: torch.device, elements: int = _MANY_ELEMENTS) -> float:
+    """Seconds of a step of Adam, as torch picks it for the device, for each byte of float32 parameters.
+
+    Args:
+        device: Where.
+        elements: Of a usual parameter: a large one costs up to three times as much for each byte, since it is not in
+            the cache and its temporaries are given back to the system.
+    """
+    many = min(max(elements, _FEW_ELEMENTS), _MANY_ELEMENTS)
     try:
         return _adam_s(device, many) / (many * torch.float32.itemsize)
     except torch.OutOfMemoryError:
-        return _adam_s(device, few) / (few * torch.float32.itemsize)
+        return _adam_s(device, _FEW_ELEMENTS) / (_FEW_ELEMENTS * torch.float32.itemsize)
 
 
 def _adam_s(device: torch.device, elements: int) -> float:

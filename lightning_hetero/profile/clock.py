@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-_MOST_REPETITIONS = 9
-_ENOUGH_S = 0.03
+_MOST_REPETITIONS = 15
+_ENOUGH_S = 0.06
 _LONG_S = 1.0
 
 

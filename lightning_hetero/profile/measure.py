@@ -80,7 +80,7 @@ def measure_model(
     with undisturbed(_accelerators(inventory)):
         basis_of = bases(inventory, training=training, dtype=_dtype(recording))
         benches = tuple(dict.fromkeys(basis.bench for basis in basis_of.values()))
-        optimizer_s, notes = _optimizers(benches) if training else ({}, ())
+        optimizer_s, notes = _optimizers(benches, _usual_size(recording)) if training else ({}, ())
         _run(jobs, benches, row_counts(rows), stop)
     return put_together(recording, inventory, jobs, basis_of, optimizer_s, rows, call_overhead_s, notes)
 
@@ -102,14 +102,20 @@ def _run(
                 job.measure(bench, tuple(dict.fromkeys(some)))
 
 
-def _optimizers(benches: tuple[Bench, ...]) -> tuple[dict[Bench, float], tuple[str, ...]]:
-    """Seconds of an optimizer step for each byte, and a note for each bench that could not take one."""
+def _usual_size(recording: Recording) -> int:
+    """Elements of the parameter that a usual byte of the model is in."""
+    sizes = [parameter.numel() for parameter in recording.module.parameters()]
+    return sum(size * size for size in sizes) // max(sum(sizes), 1)
+
+
+def _optimizers(benches: tuple[Bench, ...], elements: int) -> tuple[dict[Bench, float], tuple[str, ...]]:
+    """Seconds of an optimizer step for each byte of parameters of such a size, and notes on benches without one."""
     found: dict[Bench, float] = {}
     notes = []
     for bench in benches:
         try:
             with bench.use():
-                found[bench] = optimizer_s_per_byte(bench.device)
+                found[bench] = optimizer_s_per_byte(bench.device, elements)
         except Exception as error:  # too little memory, an operator that is missing
             notes.append(
                 f"An optimizer could not be timed on {bench.torch_device} and counts as on the slowest other device: "

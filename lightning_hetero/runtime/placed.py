@@ -212,6 +212,7 @@ class PlacedModel:
             if self.spans_devices:
                 device = torch.device(str(block.device.torch_device))
                 add_hooks(block.module, EnterBlock(device), LeaveBlock(self.root), with_kwargs=True)
+            # Also where nothing is stretched: the backward of a slow block ends where that of another one begins.
             pace = self._paces.get(block.device.name, Pace())
-            if pace != Pace():
+            if any(other != Pace() for other in self._paces.values()):
                 add_hooks(block.module, EnterEmulated(pace), LeaveEmulated(pace))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from itertools import count
 
@@ -17,6 +17,7 @@ def simulate(
     *,
     ops: tuple[Op, ...] | None = None,
     overlap: bool = True,
+    costs_of: Callable[[int], Sequence[StageCost]] | None = None,
 ) -> Timeline:
     """Predict what every device does when, in one step without the optimizer.
 
@@ -26,10 +27,11 @@ def simulate(
     Args:
         stages: From the first to the last.
         schedule: The rule.
-        micro_batches: How many make up a batch; all cost the same.
+        micro_batches: How many make up a batch.
         ops: What stages do, see `Pipeline`. None: forward and backward, which is split if the schedule is for that.
         overlap: Whether transfers run beside the work of both devices, one at a time from one device to another.
             If not, the receiving device copies its input itself, just before it works on it.
+        costs_of: The stages as they cost for a micro-batch, by its index; None: all cost what `stages` say.
 
     Raises:
         ScheduleError: There are no stages or micro-batches, or the schedule would get stuck, see `bounds`.
@@ -44,16 +46,23 @@ def simulate(
         12 s, bubble 25 %
     """
     usual: tuple[Op, ...] = ("F", "I", "W") if schedule.splits_backward else ("F", "B")
-    return _Step(stages, schedule, micro_batches, ops or usual, overlap).run()
+    return _Step(stages, schedule, micro_batches, ops or usual, overlap, costs_of).run()
 
 
 class _Step:
     """The state of a simulation."""
 
     def __init__(
-        self, stages: Sequence[StageCost], schedule: Schedule, micro_batches: int, ops: tuple[Op, ...], overlap: bool
+        self,
+        stages: Sequence[StageCost],
+        schedule: Schedule,
+        micro_batches: int,
+        ops: tuple[Op, ...],
+        overlap: bool,
+        costs_of: Callable[[int], Sequence[StageCost]] | None,
     ) -> None:
         self.stages = stages
+        self.costs_of = costs_of or (lambda _: stages)
         self.overlap = overlap
         self.names = tuple(dict.fromkeys(stage.device for stage in stages))
         device_of = tuple(self.names.index(stage.device) for stage in stages)
@@ -87,7 +96,7 @@ class _Step:
             if action is not None:
                 self.idle.remove(device)
                 start_s = now_s if self.overlap else self._transfer(action, now_s)
-                seconds = self.stages[action.stage].seconds(action.op)
+                seconds = self.costs_of(action.micro_batch)[action.stage].seconds(action.op)
                 self._record(action, action.op, start_s, seconds)
                 self._foresee(start_s + seconds, action, over=True)
 
@@ -109,7 +118,7 @@ class _Step:
         neighbour = action.stage - 1 if action.op == "F" else action.stage + 1
         if action.op == "W" or not 0 <= neighbour < len(self.stages):
             return start_s
-        sender = self.stages[neighbour]
+        sender = self.costs_of(action.micro_batch)[neighbour]
         if sender.device == self.stages[action.stage].device:
             return start_s
         seconds = sender.send_forward_s if action.op == "F" else sender.send_backward_s

@@ -10,23 +10,30 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from lightning_hetero.devices import Inventory
+from lightning_hetero.devices.profile_files import read_device_profile
 from lightning_hetero.errors import UnsupportedError, UsageError
-from lightning_hetero.placement import PlacementPolicy
+from lightning_hetero.placement import Constraints, PlacementPolicy
+from lightning_hetero.placement.problem import OBJECTIVES
 from lightning_hetero.plan import Plan
+from lightning_hetero.plan.forecast import FORWARD, WHOLE
 from lightning_hetero.runtime import frames
+from lightning_hetero.runtime.engine.record import Recording
 from lightning_hetero.runtime.engine.stepper import Stepper
 from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.runtime.reconcile import DeviceReconciler
+from lightning_hetero.schedule import get_schedule
 from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
 from lightning_hetero.strategy.checkpoint import on_cpu
+from lightning_hetero.strategy.first_steps import PROFILE, FirstSteps, can_gain, steps_left
 from lightning_hetero.strategy.memory import readable_out_of_memory
 from lightning_hetero.strategy.optimizers import (
     check_optimizers,
@@ -35,14 +42,16 @@ from lightning_hetero.strategy.optimizers import (
     state_factor,
 )
 from lightning_hetero.strategy.options import (
+    as_constraints,
     as_policy,
     number_of_micro_batches,
     one_of,
     positive_seconds,
     requested_inventory,
     schedule_for,
+    yes_no_or_auto,
 )
-from lightning_hetero.strategy.planning import Planning
+from lightning_hetero.strategy.planning import Planning, Terms
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
 from lightning_hetero.strategy.refusals import check_callbacks, check_processes
 from lightning_hetero.strategy.report import print_plan, save_plan
@@ -76,9 +85,13 @@ class HeteroStrategyCore(_Base):
         memory: Memory limits by device, such as {"cuda:1": "10GiB"}.
         plan: Path of a plan that was saved as JSON; it takes the place of the policy.
         no_split: Names or classes of modules that have to stay whole.
+        constraints: Rules for every policy, as `lightning_hetero.Constraints` or a mapping of its fields: `pins`
+            (module to device), `together`, `forbidden` devices, and `trusted` devices, which alone may hold the batch
+            and `private` modules.
+        objective: What the plan minimises: "step_time", "throughput", "latency" (of the forward) or "peak_memory".
         micro_batches: How many parts a batch is cut into, so that the devices work on different parts at the same
             time. Modules are cut only where that changes nothing; `training_step` runs once, on the whole batch.
-            None takes the environment variable HETERO_MICRO_BATCHES, else 1, which does not cut.
+            None takes the environment variable HETERO_MICRO_BATCHES, else leaves it to the plan; 1 does not cut.
         micro_batching: "forward" cuts calls of modules; `training_step` runs once, on the whole batch. "step" runs the
             whole `training_step` for each micro-batch and accumulates gradients, each loss weighted by its rows: less
             memory, and the meaning of gradient accumulation (batch statistics and losses that are no means over rows
@@ -86,10 +99,15 @@ class HeteroStrategyCore(_Base):
         schedule: Order of micro-batches with `micro_batching="step"`: "1f1b" (each backward as early as can be, few
             micro-batches alive; the default), "gpipe" (all forwards first), "interleaved_1f1b" or "sequential".
         rematerialize: Whether the backward runs the forward of each micro-batch again instead of keeping what it needs
-            of all of them: less memory, one forward more. Only with `micro_batches`.
+            of all of them: less memory, one forward more. Only with micro-batches. "auto" leaves it to the plan.
         batch_norm: "whole" runs modules with batch normalisation in training on whole batches, as one device does.
             "defer" cuts them: each micro-batch is normalised by its own mean and variance, and the running statistics
             are those of the whole batch. Results then differ from those of one device.
+        profile: Whether the first steps of training are watched, the model measured on every device, and the plan made
+            anew with what that says. "auto" does so if the run is long enough to gain from it, "always" and "never" do
+            what they say.
+        device_profile: File with measured numbers of the devices, as `lightning-hetero devices --measure --json` prints
+            them; None measures them, and keeps them in the user's cache.
         hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads.
         verbose: Whether to print the plan once.
         checkpoint_io: As in every Lightning strategy.
@@ -97,7 +115,8 @@ class HeteroStrategyCore(_Base):
 
     Raises:
         PlacementError: The placement is no policy.
-        UsageError: `micro_batches` or `hang_timeout_s` is no number above 0.
+        InventoryError: `device_profile` cannot be read.
+        UsageError: `micro_batches` or `hang_timeout_s` is no number above 0, or a word is not known.
     """
 
     strategy_name = "hetero"
@@ -112,11 +131,15 @@ class HeteroStrategyCore(_Base):
         memory: dict[str, str | int] | None = None,
         plan: str | Path | None = None,
         no_split: str | list[str] | None = None,
+        constraints: Constraints | dict[str, Any] | None = None,
+        objective: str = "step_time",
         micro_batches: int | None = None,
         micro_batching: str = "forward",
         schedule: str | None = None,
-        rematerialize: bool = False,
+        rematerialize: bool | str = False,
         batch_norm: str = "whole",
+        profile: str = "auto",
+        device_profile: str | Path | None = None,
         hang_timeout_s: float = 600.0,
         verbose: bool = True,
         checkpoint_io: Any = None,
@@ -128,21 +151,31 @@ class HeteroStrategyCore(_Base):
         self._memory: Mapping[str, Any] = dict(memory or {})
         self._plan_file = None if plan is None else Path(plan)
         self._no_split: str | Sequence[str] = no_split or ()
-        self._pipelining = Pipelining(
+        in_parts = one_of("micro_batching", micro_batching, ("forward", "step")) == "step"
+        rule = schedule_for(schedule, micro_batching)
+        self._terms = Terms(
             micro_batches=number_of_micro_batches(micro_batches),
-            rematerialize=rematerialize,
+            schedules=(rule.name,) if in_parts else (WHOLE, FORWARD),
+            rematerialize=yes_no_or_auto("rematerialize", rematerialize),
+            constraints=as_constraints(constraints),
+            objective=one_of("objective", objective, OBJECTIVES),
+        )
+        self._pipelining = Pipelining(
             defers_batch_norm=one_of("batch_norm", batch_norm, ("whole", "defer")) == "defer",
             hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),
             once_per_batch=_ONCE_PER_BATCH,
             around=self._moment,
         )
-        self._schedule = schedule_for(schedule, micro_batching)
-        self._steps_in_parts = one_of("micro_batching", micro_batching, ("forward", "step")) == "step"
+        self._profile = one_of("profile", profile, PROFILE)
+        self._device_profile = None if device_profile is None else Path(device_profile)
+        if self._device_profile is not None:
+            read_device_profile(self._device_profile)  # a damaged one is refused before anything runs
+        self._first_steps: FirstSteps | None = None
         self._stepper: Stepper | None = None
         self._verbose = verbose
         self._inventory: Inventory | None = None
         self._plan: Plan | None = None
-        self._shown: dict[str, str] | None = None  # placement that was printed last
+        self._shown: object = None  # what was printed last
         self._placed: PlacedModel | None = None
         self._reconciler: DeviceReconciler | None = None
 
@@ -200,6 +233,18 @@ class HeteroStrategyCore(_Base):
         """The devices of this run; None before a Trainer took the strategy."""
         return self._inventory
 
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Within the block, note which device does what, and when; see `PlacedModel.recording`.
+
+        Raises:
+            UsageError: No run is going on, or nothing of it runs in micro-batches.
+        """
+        if self._placed is None:
+            raise UsageError("no run is going on, so there is nothing to record; call it from a hook of the run")
+        with self._placed.recording() as recording:
+            yield recording
+
     def _moment(self) -> tuple[int, int]:
         """Epoch and step: user code may do something else from some epoch on."""
         module: Any = self.lightning_module
@@ -247,27 +292,59 @@ class HeteroStrategyCore(_Base):
             assert self._plan is not None
             if factor != self._plan.optimizer_factor:
                 self._place(planning.with_optimizer(factor))
-            check_optimizers(self.optimizers)
-        assert self._placed is not None
-        check_callbacks(trainer.callbacks, self._plan)
+            if can_gain(planning, self._profile) and not trainer.fast_dev_run:
+                self._first_steps = FirstSteps(
+                    planning,
+                    self._plan,
+                    factor,
+                    always=self._profile == "always",
+                    steps_left=lambda: steps_left(trainer),
+                    device_profile=self._device_profile,
+                )
+        self._check(trainer)
         self.setup_precision_plugin()
+        self._begin(fitting)
+        self._show(trainer)
+
+    def _check(self, trainer: Any) -> None:
+        """Refuse what cannot work over the devices of the plan."""
+        check_optimizers(self.optimizers)
+        assert self._plan is not None
+        check_callbacks(trainer.callbacks, self._plan)
+
+    def _begin(self, fitting: bool) -> None:
+        """What a placed model needs before it runs."""
+        assert self._placed is not None
         if fitting:
             keep_state_beside_parameters(self.optimizers)
         self._reconciler = self._placed.reconciler()
         if self._reconciler is not None:
             activate(self._reconciler)
         self._stepper = self._make_stepper() if fitting else None
+
+    def _change(self, plan: Plan, trainer: Any) -> None:
+        """Go over to another plan at the border between two steps.
+
+        Raises:
+            UnsupportedError: A callback or optimizer cannot work over its devices; the plan is in effect all the same.
+        """
+        before = self._placed
+        self._place(plan)
+        if self._placed is not before:
+            self._begin(fitting=True)
+        self._check(trainer)
         self._show(trainer)
 
     def _make_stepper(self) -> Stepper | None:
         """What runs training steps in micro-batches; None if they run once on the whole batch."""
         placed = self._placed
-        if not self._steps_in_parts or placed is None or placed.engine is None:
+        if placed is None or placed.engine is None or placed.plan.execution.schedule in (WHOLE, FORWARD):
             return None
         module = self.lightning_module
         if module is None or self.model is not module or not module.automatic_optimization:
             return None
-        return Stepper(placed.engine, module, "training_step", self._schedule, RECORDED, placed.layout.metrics)
+        schedule = get_schedule(placed.plan.execution.schedule)
+        return Stepper(placed.engine, module, "training_step", schedule, RECORDED, placed.layout.metrics)
 
     def model_to_device(self) -> None:
         """Place the model for inference, as Lightning's base class would move it."""
@@ -279,6 +356,7 @@ class HeteroStrategyCore(_Base):
         Lightning calls this while another exception is on its way to the user; that one must not be hidden.
         """
         try:
+            self._first_steps = None
             self._release(torch.device("cpu"))
             super().teardown()
         except Exception:
@@ -298,20 +376,26 @@ class HeteroStrategyCore(_Base):
             no_split=self._no_split,
             plan_file=self._plan_file,
             training=fitting,
+            terms=self._terms,
         )
 
     def _place(self, plan: Plan) -> None:
         """Put a plan into effect, or go over from another one to it."""
         assert self.model is not None
         previous, self._plan = self._plan, plan
-        if self._placed is not None and previous is not None and previous.device_of == plan.device_of:
+        if self._placed is not None and previous is not None and _in_effect(previous) == _in_effect(plan):
             return
         self._release(None)
-        self._placed = PlacedModel(self.model, plan, self._pipelining)
+        pipelining = replace(
+            self._pipelining,
+            micro_batches=plan.execution.micro_batches,
+            rematerialize=plan.execution.rematerialize or self._terms.rematerialize is True,
+        )
+        self._placed = PlacedModel(self.model, plan, pipelining)
         if isinstance(self._precision_plugin, HeteroMixedPrecisionCore):
             self._precision_plugin.use_devices(map(torch.device, plan.torch_devices))
         self._placed.place()
-        parts = self._pipelining.micro_batches
+        parts = self._terms.micro_batches or 1
         if parts > 1 and len(plan.used) < 2:
             log.warning("micro_batches=%s has no effect: the plan uses one device, so nothing can overlap", parts)
         exchange_parameters(self.optimizers, self._placed.replaced)
@@ -332,9 +416,9 @@ class HeteroStrategyCore(_Base):
     def _show(self, trainer: Any) -> None:
         plan = self._plan
         assert plan is not None
-        if plan.device_of == self._shown or trainer.fast_dev_run:
+        if _in_effect(plan) == self._shown or trainer.fast_dev_run:
             return
-        self._shown = plan.device_of
+        self._shown = _in_effect(plan)
         if self._verbose and len(plan.used) > 1:
             print_plan(plan)
         elif self._verbose:
@@ -345,21 +429,41 @@ class HeteroStrategyCore(_Base):
     # During a run
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Put buffers that somebody replaced back to their devices."""
+        """Put buffers that somebody replaced back to their devices; change the plan if the steps so far say so."""
         if self._placed is not None:
             self._placed.return_buffers()
+        if self._first_steps is not None:
+            self._go_on(self._first_steps)
+
+    def _go_on(self, steps: FirstSteps) -> None:
+        """What the first steps of a run have to say before the next one."""
+        module: Any = self.lightning_module
+        plan = steps.border(module if self.model is None else self.model)
+        if plan is not None:
+            try:
+                self._change(plan, module.trainer)
+            except UnsupportedError as error:
+                self._change(steps.refused(error), module.trainer)
+        if steps.is_over:
+            self._first_steps = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step."""
         with readable_out_of_memory(), frames.balanced():
-            if self._stepper is None or kwargs:
-                return super().training_step(*args, **kwargs)
-            with self.precision_plugin.train_step_context():
-                result = self._stepper.run(args, self._loss_scale())
-            if result is None:
-                return super().training_step(*args, **kwargs)
-            replay(self.lightning_module, result)
-            return merged_output(result)
+            if self._first_steps is not None:
+                with self._first_steps.around_step():
+                    return self._training_step(*args, **kwargs)
+            return self._training_step(*args, **kwargs)
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._stepper is None or kwargs:
+            return super().training_step(*args, **kwargs)
+        with self.precision_plugin.train_step_context():
+            result = self._stepper.run(args, self._loss_scale())
+        if result is None:
+            return super().training_step(*args, **kwargs)
+        replay(self.lightning_module, result)
+        return merged_output(result)
 
     def _loss_scale(self) -> float:
         """What Lightning multiplies the loss with before its backward."""
@@ -398,7 +502,12 @@ class HeteroStrategyCore(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {**state, "_placed": None, "_reconciler": None, "_stepper": None}
+        return {**state, "_placed": None, "_reconciler": None, "_stepper": None, "_first_steps": None}
+
+
+def _in_effect(plan: Plan) -> tuple[object, ...]:
+    """What of a plan shows in the placed model."""
+    return plan.device_of, plan.execution
 
 
 def _serves(accelerator: Any, root: torch.device) -> bool:

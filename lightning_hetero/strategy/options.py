@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from lightning_hetero.devices import Inventory, resolve_devices
 from lightning_hetero.errors import InventoryError, PlacementError, UsageError
-from lightning_hetero.placement import ManualPolicy, PlacementPolicy, get_policy
+from lightning_hetero.placement import Constraints, ManualPolicy, PlacementPolicy, get_policy
 from lightning_hetero.schedule import Schedule, get_schedule
 
 DEVICES_VARIABLE = "HETERO_DEVICES"
@@ -44,6 +45,35 @@ def as_policy(placement: Any) -> PlacementPolicy:
     )
 
 
+def as_constraints(given: Any) -> Constraints:
+    """The rules that a user's `constraints` mean.
+
+    Args:
+        given: `Constraints`, a mapping of its fields, or None for none.
+
+    Raises:
+        PlacementError: It is none of these, or has a field that does not exist or has no such type.
+    """
+    if given is None:
+        return Constraints()
+    if isinstance(given, Constraints):
+        return given
+    known = [field.name for field in fields(Constraints)]
+    strange = sorted(set(given) - set(known)) if isinstance(given, Mapping) else [given]
+    if strange:
+        raise PlacementError(f"constraints: {strange[0]!r} is not known; it is a mapping of {', '.join(known)}")
+    rules: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        wanted = Mapping if name == "pins" else (list, tuple)
+        if not isinstance(value, wanted):
+            what = "a mapping of module to device" if name == "pins" else "a list"
+            raise PlacementError(f"constraints: {name}={value!r} has to be {what}")
+        rules[name] = dict(value) if name == "pins" else tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    return Constraints(**rules)
+
+
 def requested_inventory(devices: Any, host_devices: Sequence[torch.device], memory: Mapping[str, Any]) -> Inventory:
     """The devices that the user wants, wherever the wish was written.
 
@@ -68,19 +98,21 @@ def requested_inventory(devices: Any, host_devices: Sequence[torch.device], memo
     return resolve_devices(_meant_by_host(host_devices), memory=memory)
 
 
-def number_of_micro_batches(given: int | None) -> int:
-    """How many micro-batches a batch is cut into.
+def number_of_micro_batches(given: int | None) -> int | None:
+    """How many micro-batches a batch is cut into; None leaves it to the plan.
 
     Args:
-        given: The strategy's argument; None for the environment variable HETERO_MICRO_BATCHES and else 1.
+        given: The strategy's argument; None for the environment variable HETERO_MICRO_BATCHES.
 
     Raises:
         UsageError: It is not a whole number from 1 on.
     """
     value: Any = given
     if given is None:
-        value = os.environ.get(MICRO_BATCHES_VARIABLE) or 1
-        if isinstance(value, str) and value.strip().isdigit():
+        value = os.environ.get(MICRO_BATCHES_VARIABLE)
+        if not value:
+            return None
+        if value.strip().isdigit():
             value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         source = "micro_batches" if given is not None else MICRO_BATCHES_VARIABLE
@@ -108,6 +140,19 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise UsageError(f"{name}={value!r} is not known; it may be {' or '.join(map(repr, allowed))}")
     return str(value)
+
+
+def yes_no_or_auto(name: str, value: Any) -> bool | None:
+    """True, False, or None for "auto".
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    if isinstance(value, bool):
+        return value
+    if value == "auto":
+        return None
+    raise UsageError(f"{name}={value!r} is not known; it may be True, False or 'auto'")
 
 
 def schedule_for(name: str | None, micro_batching: str) -> Schedule:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -12,9 +13,30 @@ from lightning_hetero.devices import Inventory
 from lightning_hetero.errors import InfeasiblePlanError, PlacementError, PlanFileError
 from lightning_hetero.graph import ModelGraph
 from lightning_hetero.graph.find import find_units
-from lightning_hetero.placement import Placement, PlacementPolicy, Problem, make_plan
+from lightning_hetero.placement import Constraints, Placement, PlacementPolicy, Problem, make_plan
 from lightning_hetero.plan import Plan, check_plan
+from lightning_hetero.plan.forecast import FORWARD, WHOLE
+from lightning_hetero.profile import ModelProfile
 from lightning_hetero.strategy.optimizers import ADAM_FACTOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What the user has laid down, and what is left to the plan.
+
+    Attributes:
+        micro_batches: How many parts a batch is cut into; None leaves it to the plan.
+        schedules: Ways to run that a plan may choose from, see `Problem`.
+        rematerialize: Whether forwards run again in the backward; None leaves it to the plan.
+        constraints: Rules for every policy.
+        objective: What to minimise, see `Problem`.
+    """
+
+    micro_batches: int | None = None
+    schedules: tuple[str, ...] = (WHOLE, FORWARD)
+    rematerialize: bool | None = False
+    constraints: Constraints = field(default_factory=Constraints)
+    objective: str = "step_time"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +48,16 @@ class Planning:
         inventory: The devices.
         policy: Who decides.
         training: Whether gradients and optimizer state need room.
+        terms: What the user has laid down.
+        is_fixed: Whether the placement is decided already, whatever a profile says.
     """
 
     graph: ModelGraph
     inventory: Inventory
     policy: PlacementPolicy
     training: bool
+    terms: Terms
+    is_fixed: bool
 
     @classmethod
     def of(
@@ -43,14 +69,27 @@ class Planning:
         no_split: str | Sequence[str] = (),
         plan_file: Path | None = None,
         training: bool,
+        terms: Terms,
     ) -> Planning:
         """Look at the module. A plan file, or a module that the user spread over devices, takes the policy's place."""
         graph = find_units(module, no_split)
+        fixed: PlacementPolicy | None
         if plan_file is not None:
-            policy = FromFilePolicy(read_plan(plan_file))
+            fixed = FromFilePolicy(read_plan(plan_file), keeps_execution=terms.micro_batches is None)
         else:
-            policy = as_placed(module, graph, inventory) or policy
-        return cls(graph=graph, inventory=inventory, policy=policy, training=training)
+            fixed = as_placed(module, graph, inventory)
+        return cls(
+            graph=graph,
+            inventory=inventory,
+            policy=fixed or policy,
+            training=training,
+            terms=terms,
+            is_fixed=fixed is not None,
+        )
+
+    def on(self, inventory: Inventory) -> Planning:
+        """The same with more known about the devices."""
+        return replace(self, inventory=inventory)
 
     def before_optimizers(self) -> Plan:
         """A plan while the optimizers do not exist yet: room for Adam's state if there is, else for none.
@@ -73,7 +112,37 @@ class Planning:
             PlacementError: The policy cannot be obeyed.
             InfeasiblePlanError: A device has less memory than the plan needs of it.
         """
-        problem = Problem(graph=self.graph, inventory=self.inventory, training=self.training, optimizer_factor=factor)
+        return self._checked(factor, None, None)
+
+    def with_profile(self, factor: float, profile: ModelProfile, time_limit_s: float) -> Plan:
+        """A checked plan for a model of which it is known what it costs.
+
+        Args:
+            factor: See `with_optimizer`.
+            profile: What the model costs.
+            time_limit_s: How long the policy may search.
+
+        Raises:
+            PlacementError: The policy cannot be obeyed.
+            InfeasiblePlanError: Nothing fits, by the profile.
+        """
+        end_s = time.monotonic() + time_limit_s
+        return self._checked(factor, profile, lambda: time.monotonic() > end_s)
+
+    def _checked(self, factor: float, profile: ModelProfile | None, out_of_time: Callable[[], bool] | None) -> Plan:
+        problem = Problem(
+            graph=self.graph,
+            inventory=self.inventory,
+            training=self.training,
+            optimizer_factor=factor,
+            profile=profile,
+            micro_batches=self.terms.micro_batches,
+            schedules=self.terms.schedules,
+            rematerialize=self.terms.rematerialize,
+            constraints=self.terms.constraints,
+            objective=self.terms.objective,
+            out_of_time=out_of_time,
+        )
         plan = make_plan(self.policy, problem)
         check_plan(plan, self.graph)
         return plan
@@ -81,9 +150,15 @@ class Planning:
 
 @dataclass(frozen=True)
 class FromFilePolicy:
-    """Repeats the placement of a plan that was saved."""
+    """Repeats the placement of a plan that was saved.
+
+    Attributes:
+        saved: The plan.
+        keeps_execution: Whether batches run as the plan says, and not as the user does.
+    """
 
     saved: Plan
+    keeps_execution: bool = True
 
     @property
     def name(self) -> str:
@@ -105,7 +180,8 @@ class FromFilePolicy:
                 f"the plan uses {', '.join(absent)}, which this run does not have: "
                 f"{', '.join(problem.inventory.names)}. Ask for these devices, or make a plan for the ones here."
             )
-        return Placement(device_of=device_of, notes=("The placement was read from a plan file.",))
+        execution = self.saved.execution if self.keeps_execution else None
+        return Placement(device_of=device_of, notes=("The placement was read from a plan file.",), execution=execution)
 
 
 @dataclass(frozen=True)

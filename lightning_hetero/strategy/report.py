@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_hetero.plan import Plan
-from lightning_hetero.plan.explain import HEADER, stage_rows, title
+from lightning_hetero.plan.explain import HEADER, outlook, stage_rows, title
 
 PLAN_FILE = "hetero_plan.json"
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print the table of stages and the reasons to the standard output."""
+    """Print the table of stages, the reasons, and what the plan will take to the standard output."""
     table = Table(title=title(plan), title_justify="left", title_style="bold")
     for column in HEADER:
         table.add_column(column, justify="right" if column in ("parameters", "memory", "capacity", "used") else "left")
@@ -26,6 +26,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(table)
     for note in plan.notes:
         console.print(f"  {note}", highlight=False, markup=False)
+    for lines in outlook(plan):
+        console.print(lines, highlight=False, markup=False)
 
 
 def save_plan(plan: Plan, folder: Path) -> Path:

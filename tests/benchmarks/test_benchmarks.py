@@ -23,6 +23,15 @@ FIGURES = {
         "two_stages_ratio",
         "border_us",
     },
+    "prediction.py": {
+        "emulated_step_error",
+        "emulated_rank",
+        "accelerator_step_error",
+        "accelerator_rank",
+        "memory_error",
+        "memory_worst",
+        "memory_too_bright",
+    },
     "overhead.py": {
         "us_per_call",
         "noise_us_per_call",

@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 import lightning_hetero.testing.policies  # noqa: F401  (registers round_robin)
 from lightning_hetero.errors import InfeasiblePlanError
 from lightning_hetero.graph import ModelGraph, Unit
-from lightning_hetero.placement import ManualPolicy, PlacementPolicy, Problem, get_policy, make_plan
+from lightning_hetero.placement import ExactPolicy, ManualPolicy, PlacementPolicy, Problem, get_policy, make_plan
 from lightning_hetero.plan import check_plan
 from lightning_hetero.testing.inventories import inventory_of
 
-POLICIES = ["auto", "single", "even", "memory_first", "round_robin", "map"]
+SEARCHES = ["proportional", "exact", "dag", "heft", "interleaved"]
+POLICIES = ["auto", "single", "even", "memory_first", *SEARCHES, "round_robin", "map"]
 
 
 def policy_named(name: str) -> PlacementPolicy:
+    if name == "exact":
+        return ExactPolicy(one_by_one=100)  # both ways to solve, and quick
     return ManualPolicy({"": "auto"}) if name == "map" else get_policy(name)
 
 

@@ -14,6 +14,7 @@ from lightning_hetero.runtime.engine.watch import HOOKS
 
 _FLAGS = (bool, int, float, str, Enum, type(None))
 _MOST_VALUES = 8  # of one flag; with more it is taken for a number that keeps changing
+_MOST_AROUND = 2  # the same for values around the module: a step counts on for sure
 _PAUSE = 64  # calls before the second new trial for one that keeps changing; twice as many before the third, and so on
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module())) - {"training"}
 
@@ -52,12 +53,12 @@ class Keys:
             self._flag(index, value) if isinstance(value, _FLAGS) else type(value)
             for index, value in enumerate(given.values)
         ]
-        flags += [self._flag(("around", index), value) for index, value in enumerate(around)]
+        flags += [self._flag(("around", index), value, _MOST_AROUND) for index, value in enumerate(around)]
         return hooks, tuple(flags), tuple(_layout(given.tensors)), torch.is_grad_enabled()
 
-    def _flag(self, name: Hashable, value: Any) -> Any:
+    def _flag(self, name: Hashable, value: Any, most: int = _MOST_VALUES) -> Any:
         values = self._values.setdefault(name, set())
-        if len(values) < _MOST_VALUES or value in values:
+        if len(values) < most or value in values:
             values.add(value)
             return value
         known = self._changing.setdefault(name, _Changing(value, self._calls))

@@ -1,0 +1,71 @@
+"""Makes a plan: asks a policy, checks the constraints, and predicts what it will take."""
+
+from __future__ import annotations
+
+from lightning_hetero.errors import PlacementError
+from lightning_hetero.placement.constraints import check_constraints
+from lightning_hetero.placement.executions import executions, on_one_device
+from lightning_hetero.placement.objective import Objective
+from lightning_hetero.placement.policy import Placement, PlacementPolicy
+from lightning_hetero.placement.problem import Problem
+from lightning_hetero.placement.refuse import infeasible
+from lightning_hetero.plan.build import build_plan
+from lightning_hetero.plan.forecast import Execution
+from lightning_hetero.plan.plan import Plan
+from lightning_hetero.simulate.predict import Prediction
+
+
+def make_plan(policy: PlacementPolicy, problem: Problem) -> Plan:
+    """Ask the policy and write its answer down as a plan. With a profile, it has a forecast and fits by it.
+
+    Without a profile nothing is predicted, and what the plan needs is left to `check_plan`.
+
+    Raises:
+        PlacementError: The policy cannot be obeyed, left a unit without a device, or breaks a constraint.
+        InfeasiblePlanError: By the profile, the plan needs more memory than some device has.
+    """
+    placement = policy.place(problem)
+    missing = [name for name in problem.graph.names if name not in placement.device_of]
+    if missing:
+        raise PlacementError(
+            f"policy {policy.name!r} gave no device to {missing[0]!r}"
+            + (f" and {len(missing) - 1} more units" if len(missing) > 1 else "")
+            + ". A policy has to place every unit of `problem.graph`."
+        )
+    check_constraints(placement.device_of, problem)
+    execution, prediction = _predicted(placement, problem)
+    if prediction is not None and not prediction.fits:
+        raise infeasible(problem, prediction.forecast, execution, policy.name)
+    return build_plan(
+        problem.graph,
+        problem.inventory,
+        placement.device_of,
+        policy=policy.name,
+        notes=placement.notes,
+        training=problem.training,
+        optimizer_factor=problem.optimizer_factor,
+        execution=execution,
+        forecast=prediction.forecast if prediction is not None else None,
+        proof=placement.proof,
+        alternatives=placement.alternatives,
+        objective=problem.objective,
+    )
+
+
+def _predicted(placement: Placement, problem: Problem) -> tuple[Execution, Prediction | None]:
+    """How the placement is to run, and what that will take if there is a profile of all its devices."""
+    device_of, profile = placement.device_of, problem.profile
+    choices = _choices(placement, problem)
+    if profile is None or not profile.units or not set(device_of.values()) <= set(profile.devices):
+        return choices[0], None
+    objective = Objective(problem, profile)
+    pairs = [(execution, *objective(device_of, execution)) for execution in choices]
+    execution, prediction, _ = min(pairs, key=lambda triple: (not triple[1].fits, triple[2]))
+    return execution, prediction
+
+
+def _choices(placement: Placement, problem: Problem) -> list[Execution]:
+    if placement.execution is not None:
+        return [placement.execution]
+    found = executions(problem, problem.profile.rows if problem.profile is not None else problem.micro_batches or 1)
+    return list(on_one_device(problem, found) if len(set(placement.device_of.values())) <= 1 else found)

@@ -1,0 +1,93 @@
+"""What a plan says beyond places: how to run, what that will take, and what was rejected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_hetero.errors import ScheduleError
+
+WHOLE = "whole"
+FORWARD = "forward"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How a placed model runs a batch.
+
+    Attributes:
+        micro_batches: How many a batch is cut into.
+        schedule: "whole": one unit after the other. "forward": `micro_batching="forward"`, where the loss sees the
+            whole batch. Any other word: the schedule of that name with `micro_batching="step"`.
+        rematerialize: Whether the backward runs forwards again instead of keeping activations; with "forward" only.
+
+    Raises:
+        ScheduleError: The three contradict each other.
+    """
+
+    micro_batches: int = 1
+    schedule: str = WHOLE
+    rematerialize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 1:
+            raise ScheduleError(f"a step has at least 1 micro-batch, got {self.micro_batches}")
+        if self.schedule == WHOLE and self.micro_batches > 1:
+            raise ScheduleError(
+                f"schedule 'whole' runs a batch in one piece, so it has 1 micro-batch and not {self.micro_batches}; "
+                "take the schedule 'forward'"
+            )
+        if self.rematerialize and self.schedule != FORWARD:
+            raise ScheduleError(
+                f"schedule {self.schedule!r} keeps its activations; rematerialize needs the schedule 'forward'"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceForecast:
+    """What one device will do in a step.
+
+    Attributes:
+        device: Its name.
+        busy_s: Seconds that it computes, optimizer included. The rest of the step is its slack.
+        transfer_s: Seconds that tensors are on their way to it.
+        memory_bytes: The most that it needs at a time, activations included.
+        limit_bytes: What the plan may use of it.
+    """
+
+    device: str
+    busy_s: float
+    transfer_s: float
+    memory_bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a step will take.
+
+    Attributes:
+        step_s: Seconds of a step, optimizer included.
+        devices: The devices that take part, in the order of the inventory, the root always.
+        bottleneck: What to make faster first, in words: "compute of cuda:1", "link cuda:0 -> cpu".
+        estimated: Whether seconds come from data sheets and sizes, and not from a clock.
+    """
+
+    step_s: float
+    devices: tuple[DeviceForecast, ...]
+    bottleneck: str
+    estimated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """What was considered and rejected.
+
+    Attributes:
+        policy: Name of the policy, with how it would run.
+        step_s: Predicted seconds of a step; None if it does not fit.
+        reason: Why not.
+    """
+
+    policy: str
+    step_s: float | None
+    reason: str

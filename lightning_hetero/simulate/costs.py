@@ -1,0 +1,210 @@
+"""What a model costs on the devices of an inventory, looked up once, so that a plan is priced quickly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lightning_hetero.devices.spec import DeviceSpec, Inventory
+from lightning_hetero.errors import ProfileError
+from lightning_hetero.graph.model import ModelGraph
+from lightning_hetero.plan.build import loose_need, unit_need
+from lightning_hetero.profile.costs import OWN_CODE, Curve, Line, ModelProfile, UnitCost
+
+DEFAULT_BYTES_PER_S = 8e9
+DEFAULT_LATENCY_S = 20e-6
+"""Of links that nobody measured: half of what PCIe 3.0 x16 has, so that a transfer is not taken for free."""
+
+
+class Flow(NamedTuple):
+    """A flow of the profile, by indices; -1 stands for own code, and for no common module."""
+
+    source: int
+    target: int
+    size_bytes: Line
+    chained: bool
+    has_gradient: bool
+    around: int
+
+
+class Path(NamedTuple):
+    """What a link takes: a message of b bytes `latency_s + b * s_per_byte`."""
+
+    latency_s: float
+    s_per_byte: float
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Seconds for one number of rows; nan where nothing is known.
+
+    Attributes:
+        forward_s: Of every unit on every device, by indices, shape (devices, units).
+        backward_s: Likewise; zeros without training.
+        own_forward_s: Of the model's own code, on the root.
+        own_backward_s: Likewise.
+    """
+
+    forward_s: tuple[tuple[float, ...], ...]
+    backward_s: tuple[tuple[float, ...], ...]
+    own_forward_s: float
+    own_backward_s: float
+
+
+class Costs:
+    """Everything that `predict` needs and that does not depend on the plan. Make it once, predict often.
+
+    Args:
+        graph: The model.
+        inventory: The devices and links.
+        profile: Seconds and bytes of the model's units.
+        training: Whether there is a backward and an optimizer step.
+        optimizer_factor: Bytes of optimizer state for each byte of trained parameter.
+
+    Attributes:
+        units: The units that are called, in the order of their first call. Others cost memory and no time.
+        flows: What passes between them.
+        inputs: Bytes of the inputs of each unit.
+        kept: What autograd keeps of each unit, its inputs included.
+        paths: What links take, by indices of sender and receiver.
+        root: Index of the root device.
+        limits: Bytes that a plan may use of each device.
+
+    Raises:
+        ProfileError: The profile is of another model.
+        InventoryError: No device can train.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        inventory: Inventory,
+        profile: ModelProfile,
+        training: bool = True,
+        optimizer_factor: float = 2.0,
+    ) -> None:
+        self.graph = graph
+        self.inventory = inventory
+        self.profile = profile
+        self.training = training
+        self.optimizer_factor = optimizer_factor
+        self.devices = inventory.names
+        self.limits = tuple(device.memory_bytes for device in inventory)
+        self.root = self.devices.index(inventory.root.name)
+        self.units: tuple[UnitCost, ...] = profile.units
+        self._check()
+        self.index_of = {unit.name: index for index, unit in enumerate(self.units)}
+        self.state_bytes = {unit.name: unit_need(unit, training, optimizer_factor).total_bytes for unit in graph.units}
+        self.loose_bytes = loose_need(graph, training, optimizer_factor).total_bytes
+        self.trained_bytes = tuple(graph[unit.name].trainable_bytes if training else 0 for unit in self.units)
+        self.around = self._modules()
+        self.flows = tuple(self._flows())
+        self.inputs = self._inputs()
+        self.kept = tuple(u.saved_bytes.scaled(u.calls) + line for u, line in zip(self.units, self.inputs, strict=True))
+        self.paths = tuple(tuple(_path(inventory, a, b) for b in inventory) for a in inventory)
+        self._seconds: dict[int, Seconds] = {}
+        self._optimizer = self._optimizer_rates()
+
+    def seconds(self, rows: int) -> Seconds:
+        """Seconds of all units for a number of rows."""
+        found = self._seconds.get(rows)
+        if found is None:
+            own = self.profile.own_code
+            root = self.devices[self.root]
+            found = self._seconds[rows] = Seconds(
+                tuple(tuple(_at(u.forward_s.get(d), rows) for u in self.units) for d in self.devices),
+                tuple(
+                    tuple(_at(u.backward_s.get(d), rows) if self.training else 0.0 for u in self.units)
+                    for d in self.devices
+                ),
+                own.forward_s[root](rows) if root in own.forward_s else 0.0,
+                own.backward_s[root](rows) if self.training and root in own.backward_s else 0.0,
+            )
+        return found
+
+    def optimizer_s(self, device: int, trained_bytes: int) -> float:
+        """Seconds of the optimizer step on a device."""
+        return trained_bytes * self._optimizer[device]
+
+    def missing(self, unit: int, device: int) -> ProfileError:
+        """The error that seconds of a unit on a device are not in the profile."""
+        name, where = self.units[unit].name, self.devices[device]
+        what = "backward" if where in self.units[unit].forward_s else "forward"
+        known = ", ".join(self.profile.devices) or "none"
+        return ProfileError(
+            f"the profile has no seconds of the {what} of {name!r} on {where!r}, so the plan cannot be predicted; it "
+            f"was measured on: {known}. Profile the model on the devices of this inventory"
+            + (", with training." if what == "backward" else ".")
+        )
+
+    def _check(self) -> None:
+        named = [unit.name for unit in self.units]
+        named += [name for flow in self.profile.flows for name in (flow.source, flow.target)]
+        strange = next((name for name in named if name != OWN_CODE and name not in self.graph), None)
+        if strange is not None:
+            raise ProfileError(
+                f"the profile knows a unit {strange!r}, which this model does not have; it is of another model. "
+                "Profile this one."
+            )
+
+    def _modules(self) -> tuple[tuple[str, ...], ...]:
+        """The units below each module that flowing units have in common; if they share a device, it is a block."""
+        names = self.graph.names
+        prefixes = dict.fromkeys(_common(flow.source, flow.target) for flow in self.profile.flows)
+        self._prefix_of = {prefix: index for index, prefix in enumerate(prefixes)}
+        return tuple(tuple(name for name in names if f"{name}.".startswith(f"{prefix}.")) for prefix in prefixes)
+
+    def _flows(self) -> list[Flow]:
+        found = []
+        for flow in self.profile.flows:
+            source, target = self.index_of.get(flow.source, -1), self.index_of.get(flow.target, -1)
+            prefix = _common(flow.source, flow.target)
+            found.append(
+                Flow(
+                    source,
+                    target,
+                    flow.size_bytes,
+                    flow.chained and source >= 0 and target >= 0,
+                    flow.has_gradient and self.training,
+                    self._prefix_of[prefix] if prefix else -1,
+                )
+            )
+        return found
+
+    def _inputs(self) -> tuple[Line, ...]:
+        """The inputs of each unit, which autograd keeps besides what a profile calls saved."""
+        inputs = [Line()] * len(self.units)
+        for flow in self.flows:
+            if flow.target >= 0:
+                inputs[flow.target] += flow.size_bytes
+        return tuple(inputs)
+
+    def _optimizer_rates(self) -> tuple[float, ...]:
+        rates = self.profile.optimizer_s_per_byte
+        slowest = max(rates.values(), default=0.0)  # of a device that was not measured
+        return tuple(rates.get(device, slowest) for device in self.devices)
+
+
+def _at(curve: Curve | None, rows: int) -> float:
+    return math.nan if curve is None else curve(rows)
+
+
+def _common(source: str, target: str) -> str:
+    """The module that holds both: the common part of their names; "" for none below the model itself."""
+    parts = []
+    for one, other in zip(source.split("."), target.split("."), strict=False):
+        if one != other:
+            break
+        parts.append(one)
+    return ".".join(parts)
+
+
+def _path(inventory: Inventory, sender: DeviceSpec, receiver: DeviceSpec) -> Path:
+    link = inventory.link(sender.name, receiver.name)
+    # Emulated devices share the memory of their torch device: nothing is copied there.
+    here = sender.torch_device is not None and sender.torch_device == receiver.torch_device
+    latency_s = link.latency_s if link.latency_s is not None else 0.0 if here else DEFAULT_LATENCY_S
+    if link.bandwidth_bytes_per_s is not None:
+        return Path(latency_s, 1 / link.bandwidth_bytes_per_s)
+    return Path(latency_s, 0.0 if here else 1 / DEFAULT_BYTES_PER_S)

@@ -1,0 +1,163 @@
+"""Predicts a plan: seconds of a step, what every device does when, and the memory that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_hetero.plan.forecast import FORWARD, WHOLE, DeviceForecast, Execution, Forecast
+from lightning_hetero.schedule import TRANSFER, Span, Timeline
+from lightning_hetero.simulate.cost import StageCost
+from lightning_hetero.simulate.costs import Costs
+from lightning_hetero.simulate.peak import peak_bytes
+from lightning_hetero.simulate.price import Price, price, stage_costs
+from lightning_hetero.simulate.route import Route, route, trained_bytes
+from lightning_hetero.simulate.run import OPTIMIZER, Slot, run_step, run_steps_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What is known of a plan before it runs.
+
+    Attributes:
+        forecast: Seconds of a step and memory, in short.
+        stages: The stages in the order of calls, as they cost for the largest micro-batch. What leaves a stage and what
+            enters the next one are one transfer here.
+        fits: Whether no device needs more memory than the plan may use of it.
+        slots: What the timeline is made of.
+    """
+
+    forecast: Forecast
+    stages: tuple[StageCost, ...]
+    fits: bool
+    slots: tuple[Slot, ...]
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """What every device does when, optimizer included; made when it is asked for."""
+        spans = (
+            Span(
+                device=s.device,
+                op=s.op,
+                start_s=s.start_s,
+                duration_s=s.duration_s,
+                stage=s.stage,
+                micro_batch=s.micro_batch,
+            )
+            for s in self.slots
+        )
+        return Timeline(tuple(spans), tuple(device.device for device in self.forecast.devices))
+
+
+def predict(costs: Costs, device_of: Mapping[str, str], execution: Execution) -> Prediction:
+    """Predict one step of a placed model.
+
+    A batch that is not cut runs "whole": one row, one micro-batch, or "forward" with all units on one device.
+    Transfers occupy the device of the module at whose border they are, since the runtime has no side streams. Devices
+    make their optimizer steps one after the other, as torch does.
+
+    Args:
+        costs: Of the model on these devices.
+        device_of: Device name of every unit of the graph.
+        execution: How a batch runs.
+
+    Raises:
+        PlacementError: A unit has no device, or one that is not in the inventory.
+        ProfileError: The profile knows no seconds of a unit on its device.
+        ScheduleError: There is no schedule of that name.
+    """
+    way = route(costs, device_of)
+    execution = _as_run(costs, way, execution)
+    rows = split_rows(costs.profile.rows, execution.micro_batches)
+    overhead_s = 0.0 if execution.schedule == WHOLE else costs.profile.call_overhead_s
+    priced = {count: price(costs, way, count, overhead_s) for count in dict.fromkeys(rows)}
+    prices = [priced[count] for count in rows]
+    if execution.schedule in (WHOLE, FORWARD):
+        slots, end_s = run_step(costs, prices, execution, len(way.devices))
+    else:
+        slots, end_s = run_steps_schedule(costs, prices, execution)
+    end_s = _optimize(costs, way, slots, end_s)
+    memory = peak_bytes(costs, way, device_of, execution, rows)
+    forecast = _forecast(costs, prices, slots, end_s, memory)
+    return Prediction(
+        forecast=forecast,
+        stages=stage_costs(costs, prices[0]),
+        fits=all(device.memory_bytes <= device.limit_bytes for device in forecast.devices),
+        slots=tuple(slots),
+    )
+
+
+def split_rows(rows: int, parts: int) -> list[int]:
+    """Rows of each micro-batch, as the runtime cuts a batch: as equal as can be, the larger ones first.
+
+    Example:
+        >>> split_rows(10, 4)
+        [3, 3, 2, 2]
+    """
+    parts = max(1, min(parts, rows))
+    return [rows // parts + (index < rows % parts) for index in range(parts)]
+
+
+def _as_run(costs: Costs, way: Route, execution: Execution) -> Execution:
+    """What the runtime makes of it: "forward" cuts nothing where there is no border, or no second row."""
+    if not way.runs:
+        return Execution()
+    if execution.schedule == FORWARD and (
+        len(way.devices) < 2 or execution.micro_batches < 2 or costs.profile.rows < 2
+    ):
+        return Execution()
+    return execution
+
+
+def _optimize(costs: Costs, way: Route, slots: list[Slot], now_s: float) -> float:
+    """Add the optimizer's steps; when the last one ends."""
+    for device, size_bytes in trained_bytes(costs, way).items():
+        seconds = costs.optimizer_s(device, size_bytes)
+        if seconds:
+            slots.append(Slot(costs.devices[device], OPTIMIZER, now_s, seconds, None, None))
+            now_s += seconds
+    return now_s
+
+
+def _forecast(
+    costs: Costs,
+    prices: Sequence[Price],
+    slots: Sequence[Slot],
+    step_s: float,
+    memory: Mapping[int, int],
+) -> Forecast:
+    work_s = dict.fromkeys(costs.devices, 0.0)
+    optimizer_s = dict.fromkeys(costs.devices, 0.0)
+    for slot in slots:
+        if slot.op == OPTIMIZER:
+            optimizer_s[slot.device] += slot.duration_s
+        elif slot.op != TRANSFER:
+            work_s[slot.device] += slot.duration_s
+    links: dict[tuple[int, int], float] = {}
+    for each in prices:
+        for pair, seconds in each.link_s.items():
+            links[pair] = links.get(pair, 0.0) + seconds
+    incoming_s = [0.0] * len(costs.devices)
+    for (_, receiver), seconds in links.items():
+        incoming_s[receiver] += seconds
+    limits = costs.limits
+    devices = tuple(
+        DeviceForecast(
+            device=costs.devices[index],
+            busy_s=work_s[costs.devices[index]] + optimizer_s[costs.devices[index]],
+            transfer_s=incoming_s[index],
+            memory_bytes=size_bytes,
+            limit_bytes=limits[index],
+        )
+        for index, size_bytes in memory.items()
+    )
+    loads = {f"compute of {name}": seconds for name, seconds in work_s.items()}
+    loads |= {f"link {costs.devices[a]} -> {costs.devices[b]}": seconds for (a, b), seconds in links.items()}
+    loads["the optimizer"] = sum(optimizer_s.values())
+    return Forecast(
+        step_s=step_s,
+        devices=devices,
+        bottleneck=max(loads, key=lambda what: loads[what]),
+        estimated=costs.profile.estimated,
+    )

@@ -1,0 +1,200 @@
+"""The first steps of a run: watched, measured, and planned anew, without a change of results."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_hetero.errors import InventoryError, PlacementError, UsageError
+from lightning_hetero.placement import Placement, Problem
+from lightning_hetero.testing.accelerator import EmulatedAccelerator
+from lightning_hetero.testing.lightning_module import Classifier, data, difference
+from lightning_hetero.testing.models import MODELS
+
+ROUNDING = 1e-9
+ALWAYS = {"profile": "always"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+class SpreadOnceMeasured:
+    """One device until the model is measured, then a border at every unit."""
+
+    name = "spread_once_measured"
+
+    def place(self, problem: Problem) -> Placement:
+        """Choose by whether there is a profile."""
+        devices = [device.name for device in problem.inventory.trainable]
+        count = 1 if problem.profile is None else len(devices)
+        return Placement(device_of={name: devices[i % count] for i, name in enumerate(problem.graph.names)})
+
+
+def run(hetero: Any, name: str = "mlp", strategy: dict[str, Any] | None = None, **options: Any) -> tuple[Any, Any]:
+    """A run of two epochs whose plan may change on the way."""
+    trainer = hetero(placement=options.pop("placement", SpreadOnceMeasured()), strategy=strategy or ALWAYS, **options)
+    module = Classifier(name)
+    trainer.fit(module, data(name), data(name))
+    return trainer, module
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_that_changes_on_the_way_changes_no_result(name: str, plain: Any, hetero: Any) -> None:
+    alone = Classifier(name)
+    plain().fit(alone, data(name), data(name))
+    trainer, spread = run(hetero, name, {**ALWAYS, "micro_batches": 2})
+    assert trainer.strategy.plan.forecast is not None or trainer.strategy.plan.policy == "spread_once_measured"
+    assert len(spread.losses) == len(alone.losses)
+    assert difference(alone, spread) <= ROUNDING
+
+
+def test_user_code_runs_no_more_often(hetero: Any) -> None:
+    class Counting(Classifier):
+        steps = 0
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            self.steps += 1
+            return super().training_step(batch, index)
+
+    trainer = hetero(placement=SpreadOnceMeasured(), strategy=ALWAYS)
+    module = Counting()
+    trainer.fit(module, data(), data())
+    assert module.steps == trainer.global_step
+
+
+def test_the_state_of_the_optimizer_moves_along(plain: Any, hetero: Any) -> None:
+    class LooksAtDevices(pl.Callback):
+        seen: set[str]
+
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.seen = set()
+            for optimizer in trainer.optimizers:
+                for parameter, state in optimizer.state.items():
+                    self.seen.add(str(parameter.device))
+                    assert state["exp_avg"].device == parameter.device
+
+    look = LooksAtDevices()
+    run(hetero, callbacks=[look])
+    assert len(look.seen) > 1
+
+
+def test_gradients_that_are_being_accumulated_move_along(plain: Any, hetero: Any) -> None:
+    alone = Classifier()
+    plain(accumulate_grad_batches=3).fit(alone, data(), data())
+    _, spread = run(hetero, accumulate_grad_batches=3)
+    assert difference(alone, spread) <= ROUNDING
+
+
+def test_the_measured_plan_has_a_forecast_and_is_saved(hetero: Any, tmp_path: Path) -> None:
+    trainer, _ = run(hetero, placement="even", strategy=ALWAYS)
+    plan = trainer.strategy.plan
+    assert plan.forecast is not None
+    assert plan.forecast.step_s > 0
+    assert not plan.forecast.estimated
+
+
+def test_a_profile_is_kept_for_the_next_run(hetero: Any, tmp_path: Path) -> None:
+    run(hetero, placement="even")
+    folder = tmp_path / "cache" / "lightning_hetero" / "profiles"
+    first = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    run(hetero, placement="even")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == first
+    assert len(first) == 1
+
+
+@pytest.mark.parametrize("wanted", ["auto", "never"])
+def test_a_short_run_is_not_worth_it(wanted: str, hetero: Any, tmp_path: Path) -> None:
+    trainer, _ = run(hetero, strategy={"profile": wanted})
+    assert trainer.strategy.plan.forecast is None
+    assert len(trainer.strategy.plan.used) == 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_plan_file_is_obeyed(hetero: Any, tmp_path: Path) -> None:
+    trainer, _ = run(hetero, placement="even", strategy={"micro_batches": 2})
+    file = tmp_path / "plan.json"
+    file.write_text(trainer.strategy.plan.to_json())
+    again, _ = run(hetero, placement="single", strategy={"plan": file, **ALWAYS})
+    assert again.strategy.plan.device_of == trainer.strategy.plan.device_of
+    assert again.strategy.plan.execution == trainer.strategy.plan.execution
+    assert again.strategy.plan.execution.micro_batches == 2
+
+
+def test_a_plan_that_its_optimizer_refuses_is_given_up(hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class WithLBFGS(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), max_iter=2)
+
+    module = WithLBFGS()
+    trainer = hetero(placement=SpreadOnceMeasured(), strategy=ALWAYS)
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(module, data(), data())
+    assert "so the first one stays: LBFGS joins all parameters into one vector" in caplog.text
+    assert len(trainer.strategy.plan.used) == 1
+
+
+def test_a_policy_that_fails_on_the_profile_is_given_up(hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Fails(SpreadOnceMeasured):
+        def place(self, problem: Problem) -> Placement:
+            if problem.profile is not None:
+                raise ZeroDivisionError("by a policy")
+            return super().place(problem)
+
+    with caplog.at_level(logging.WARNING):
+        trainer, module = run(hetero, placement=Fails())
+    assert "no plan was made from measurements, so the first one stays: by a policy" in caplog.text
+    assert len(module.losses) == trainer.global_step
+
+
+def test_rules_hold_for_the_measured_plan_too(hetero: Any, accelerator: EmulatedAccelerator) -> None:
+    first, second = accelerator.devices[:2]
+    rules = {"pins": {"net.first": first}, "forbidden": [second]}
+    trainer, _ = run(hetero, placement="even", strategy={"constraints": rules, **ALWAYS})
+    assert trainer.strategy.plan.forecast is not None
+    assert trainer.strategy.plan.device_of["net.first"] == first
+    assert second not in trainer.strategy.plan.device_of.values()
+
+
+def test_what_devices_do_during_a_run_can_be_recorded(hetero: Any) -> None:
+    class Records(pl.Callback):
+        busy: dict[str, float]
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+            self.block = trainer.strategy.recording()
+            self.recording = self.block.__enter__()
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+            self.block.__exit__(None, None, None)
+
+    records = Records()
+    trainer = hetero(strategy={"micro_batches": 2}, max_epochs=1, callbacks=[records])
+    trainer.fit(Classifier(), data())
+    assert set(records.recording.timeline.devices) == set(trainer.strategy.plan.device_of.values())
+    with pytest.raises(UsageError, match="no run is going on"), trainer.strategy.recording():
+        pass
+
+
+def test_words_that_are_not_known() -> None:
+    from lightning_hetero import HeteroStrategy
+
+    with pytest.raises(PlacementError, match="constraints: 'pin' is not known; it is a mapping of pins, together, "):
+        HeteroStrategy(constraints={"pin": {}})
+    with pytest.raises(PlacementError, match="constraints: trusted='cpu' has to be a list"):
+        HeteroStrategy(constraints={"trusted": "cpu"})
+    with pytest.raises(UsageError, match="objective='speed' is not known; it may be 'step_time' or "):
+        HeteroStrategy(objective="speed")
+
+    with pytest.raises(UsageError, match="profile='maybe' is not known; it may be 'auto' or 'always' or 'never'"):
+        HeteroStrategy(profile="maybe")
+    with pytest.raises(UsageError, match="rematerialize='sometimes' is not known; it may be True, False or 'auto'"):
+        HeteroStrategy(rematerialize="sometimes")
+    with pytest.raises(InventoryError, match=r"no_such_file\.json"):
+        HeteroStrategy(device_profile="no_such_file.json")
