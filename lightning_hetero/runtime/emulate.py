@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,16 +52,18 @@ class Meter(threading.local):
         self._since_s = 0.0
         self._outer: list[Pace] = []
         self._host_threads = 0
-        self._around_sleep: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._debt_s: float | None = None
 
-    @contextmanager
-    def sleeping(self, around: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        """Enter `around()` for every sleep within the block: what a working device holds, a sleeping one lets go."""
-        before, self._around_sleep = self._around_sleep, around
-        try:
-            yield
-        finally:
-            self._around_sleep = before
+    def defer(self) -> None:
+        """This thread sleeps when it is told to `pay`, not after every module: each sleep lasts a little too long."""
+        self._debt_s = 0.0
+
+    def pay(self) -> None:
+        """Sleep what has come together since the last time."""
+        debt_s, self._debt_s = self._debt_s, 0.0
+        if debt_s:
+            time.sleep(debt_s)
+            self._since_s = time.thread_time()
 
     def enter(self, pace: Pace) -> None:
         """Work for a device begins, in the middle of other work."""
@@ -95,9 +96,10 @@ class Meter(threading.local):
                 self._host_threads = torch.get_num_threads()
             torch.set_num_threads(pace.threads or self._host_threads)
         self._pace = pace
-        if owed_s > 0:
-            with self._around_sleep():
-                time.sleep(owed_s)
+        if owed_s > 0 and self._debt_s is not None:
+            self._debt_s += owed_s
+        elif owed_s > 0:
+            time.sleep(owed_s)
         self._since_s = time.thread_time()
 
 

@@ -14,15 +14,14 @@ One node that submits and waits deadlocks as soon as outputs are on an accelerat
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_hetero.runtime.emulate import METER
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import gradients, walk
 from lightning_hetero.runtime.engine.state import ThreadState, stays_in_its_thread
@@ -275,10 +274,4 @@ def _drawing(lane: Lane, unit: Unit, number: int | None) -> AbstractContextManag
     if not unit.draws or call.seed is None:
         return _NOTHING
     seed = None if number is None else derive(call.seed, lane.index, 1 + number)
-    return _holding(Stream(call.generators.of[unit.worker.torch_device], seed))
-
-
-@contextmanager
-def _holding(stream: Stream) -> Iterator[None]:
-    with stream.running(), METER.sleeping(stream.paused):
-        yield
+    return Stream(call.generators.of[unit.worker.torch_device], seed).running()

@@ -14,6 +14,7 @@ import torch
 from torch.autograd import profiler
 
 from lightning_hetero.runtime import frames
+from lightning_hetero.runtime.emulate import METER
 from lightning_hetero.runtime.engine.faults import annotated
 from lightning_hetero.runtime.engine.record import Record, Recorder
 
@@ -135,6 +136,7 @@ class Worker(threading.Thread):
     def _work(self) -> None:
         torch.set_num_threads(self._threads)
         _enter_device(self.torch_device)
+        METER.defer()
         self._ready.set()
         while (task := self._next()) is not None:
             op, unit = task.label
@@ -148,6 +150,7 @@ class Worker(threading.Thread):
                 result = _labelled(task) if profiler._is_profiler_enabled else task.run()
             except BaseException as raised:
                 error = annotated(raised, f"{_WORDS[op]} of {unit} on {self.device}")
+            METER.pay()
             if records is not None:
                 records.append(Record(self.device, unit, op, task.lane, start_s, perf_counter()))
             self.busy_with = None
