@@ -40,7 +40,8 @@ from lightning_hetero.testing import EmulatedAccelerator, install_accelerator
 EMULATED = "cpu@speed=2,cpu@speed=1,cpu@speed=4"
 MICRO_BATCHES, QUICK_MICRO_BATCHES = (1, 2, 4), (1, 4)
 PLACEMENTS, QUICK_PLACEMENTS = 4, 2
-WARM_UP, STEPS, QUICK_STEPS = 4, 9, 2
+WARM_UP, STEPS, QUICK_STEPS = 4, 9, 1
+ROUNDING_BYTES = 1 << 16  # of an allocator: less is no underestimation
 ROWS = 64
 
 
@@ -117,7 +118,7 @@ class Bench:
             nn.functional.cross_entropy(module(self.x), self.y).backward()
         with Recording(module, self.graph) as recording:
             nn.functional.cross_entropy(module(self.x), self.y)
-        profile = measure_model(recording, inventory, budget_s=30.0, call_overhead_s=CALL_OVERHEAD_S)
+        profile = measure_model(recording, inventory, call_overhead_s=CALL_OVERHEAD_S)
         self.costs = Costs(graph=self.graph, inventory=inventory, profile=profile)
 
     def loss(self, module: nn.Module) -> Tensor:
@@ -143,7 +144,7 @@ class Bench:
         optimizer = torch.optim.Adam(module.parameters())
         found = []
         try:
-            for _ in range(WARM_UP + steps):
+            for _ in range(min(WARM_UP, 2 * steps) + steps):
                 begun_s = time.perf_counter()
                 loss = self.loss(module)
                 optimizer.zero_grad()
@@ -155,7 +156,7 @@ class Bench:
             if reconciler is not None:
                 deactivate(reconciler)
             placed.release(torch.device("cpu"))
-        return statistics.median(found[WARM_UP:]), peaks
+        return statistics.median(found[-steps:]), peaks
 
 
 def _used(accelerator: EmulatedAccelerator | None) -> list[int]:
@@ -186,7 +187,7 @@ def compare(
 ) -> dict[str, float]:
     """All plans on some devices."""
     errors, ranks, memory, too_bright = [], [], [], 0
-    for name in MODELS:
+    for name in list(MODELS)[: 2 if quick else None]:
         bench = Bench(name, inventory, places)
         pairs = []
         for device_of in bench.placements[: QUICK_PLACEMENTS if quick else PLACEMENTS]:
@@ -204,7 +205,7 @@ def compare(
                     expected = by_name.get(f"dev:{index}", 0)
                     if peak and expected:
                         memory.append(expected / peak - 1)
-                        too_bright += expected < peak
+                        too_bright += expected < peak - ROUNDING_BYTES
                         print(
                             f"{'':<12}dev:{index} predicted {expected / 2**20:7.2f} MiB, measured {peak / 2**20:7.2f}"
                         )

@@ -20,10 +20,10 @@ def peak_bytes(
     """Peak memory by index of the device: of those with units, and of the root.
 
     Counted are parameters, gradients, optimizer state and buffers; what autograd keeps of the micro-batches in flight,
-    inputs of units too; tensors on their way through the root; the joined output of "forward" and its gradient; and the
-    most that a unit needs for a moment. Where parts of gradients are summed, a second set of gradients waits for its
-    turn, and a third one of a single unit is on its way. The optimizer's step has a moment of its own: on accelerators
-    torch works on copies of all parameters.
+    inputs of units too; tensors on their way through the root; the joined output of "forward" and its gradient; and
+    the most that a unit needs for a moment. Where parts of gradients are summed, those of other lanes wait for their
+    turn, of parameters and at borders of stages, and each sum is a new tensor at first. The optimizer's step has a
+    moment of its own: on accelerators torch works on copies of all parameters.
 
     A tensor that several units take is counted for each of them.
 
@@ -56,11 +56,15 @@ def peak_bytes(
     if everything > 1 and not in_steps:
         leaving = sum((flow.size_bytes for flow in costs.flows if flow.target < 0), Line())
         total[root] += work.bytes_of(leaving, everything) * (2 if costs.training else 1)
-    for device, size_bytes in _temporary(costs, route, rows, in_steps).items():
+    lanes = min(len(route.devices) + 1, everything)
+    for device, size_bytes in _temporary(costs, route, rows, in_steps, lanes).items():
         total[device] += size_bytes
     if costs.training and everything > 1:
         for run in route.runs:
-            total[run.device] += sum(costs.trained_bytes[run.first : run.stop])
+            total[run.device] += (lanes - 1) * sum(costs.trained_bytes[run.first : run.stop])
+        for move in route.moves:
+            for device in (move.sender, move.receiver) if move.comes_back else ():
+                total[device] += 2 * work.bytes_of(move.size_bytes, lanes)  # as it comes and as it goes
     for device, size_bytes in trained_bytes(costs, route).items():
         if costs.inventory.devices[device].torch_device != "cpu":  # there torch's optimizers copy all at once
             total[device] = max(total[device], resident[device] + size_bytes)
@@ -130,15 +134,19 @@ def _at_root(costs: Costs, route: Route) -> tuple[Line, Line]:
     return through, given
 
 
-def _temporary(costs: Costs, route: Route, rows: Sequence[int], in_steps: bool) -> dict[int, float]:
-    """The most that a unit, or own code, needs for a moment, by index of the device."""
+def _temporary(costs: Costs, route: Route, rows: Sequence[int], in_steps: bool, lanes: int) -> dict[int, float]:
+    """The most that a unit, or own code, needs for a moment, by index of the device.
+
+    In training that of all lanes: a device works on one at a time, but what it made for one may be held elsewhere.
+    """
+    at_once = sum(rows[:lanes]) if costs.training else rows[0]
     most = {costs.root: costs.profile.own_code.temporary_bytes(rows[0] if in_steps else sum(rows))}
     sums_gradients = costs.training and len(rows) > 1
     for run in route.runs:
         for unit in range(run.first, run.stop):
-            size_bytes = costs.units[unit].temporary_bytes(rows[0])
+            size_bytes = costs.units[unit].temporary_bytes(at_once)
             if sums_gradients:
-                size_bytes += costs.trained_bytes[unit]
+                size_bytes += 2 * costs.trained_bytes[unit]
             if not costs.training:  # then its inputs are there for this moment only
                 size_bytes += costs.inputs[unit](rows[0])
             most[run.device] = max(most.get(run.device, 0.0), size_bytes)
