@@ -33,7 +33,7 @@ class PieceCosts:
         forward_s: By device, of every piece.
         backward_s: Likewise; zeros without training.
         update_s: Likewise, of the optimizer, once for each batch.
-        state_bytes: Of every piece: parameters, gradients, optimizer state, buffers.
+        state_bytes: Of every piece: parameters, gradients (those that wait to be summed too), optimizer state, buffers.
         kept_bytes: Of every piece: what it keeps from forward to backward, inputs included.
         flows: Between different pieces, and between pieces and own code.
         room_bytes: Of every device, for pieces.
@@ -66,6 +66,7 @@ class PieceCosts:
                 flows.append(
                     PieceFlow(source=source, target=target, size_bytes=flow.size_bytes(rows), chained=flow.chained)
                 )
+        waiting = min(len(names) + 1, execution.micro_batches) - 1  # sets of gradients, see `simulate.peak`
         lines = costs.inputs if execution.rematerialize else costs.kept
         kept = [sum((lines[unit](rows) for unit in members), 0.0) for members in units]
 
@@ -76,7 +77,9 @@ class PieceCosts:
             forward_s={name: by_piece(seconds.forward_s[spot_of[name]]) for name in names},
             backward_s={name: by_piece(seconds.backward_s[spot_of[name]]) for name in names},
             update_s={name: [costs.optimizer_s(spot_of[name], size) for size in trained] for name in names},
-            state_bytes=[float(piece.need_bytes) for piece in judge.pieces],
+            state_bytes=[
+                float(piece.need_bytes + waiting * size) for piece, size in zip(judge.pieces, trained, strict=True)
+            ],
             kept_bytes=kept if costs.training else [0.0] * len(units),
             flows=tuple(flows),
             room_bytes={name: float(room) for name, room in judge.problem.room_bytes().items()},

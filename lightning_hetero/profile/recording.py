@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -88,6 +89,7 @@ class Recording:
         self._handles: list[RemovableHandle] = []
         self._plain: list[list[Any]] = []
         self._now_s = self._since_s = 0.0
+        self._trouble: Exception | None = None
         self._state = "new"
 
     def __enter__(self) -> Recording:
@@ -143,6 +145,10 @@ class Recording:
         if self._state != "done":
             why = "the code inside raised an error" if self._state == "failed" else "its block has not ended"
             raise ProfileError(f"this recording of {name} is not complete: {why}. Record a call that ends normally.")
+        if self._trouble is not None:
+            raise ProfileError(
+                f"this recording of {name} is not complete: {type(self._trouble).__name__}: {self._trouble}"
+            ) from self._trouble
         if not self.calls:
             raise ProfileError(
                 f"no unit of {name} was called while it was recorded; call the model inside of "
@@ -179,14 +185,10 @@ class Recording:
 
     def _hook(self, module: nn.Module, before: Any, after: Any) -> None:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._pause()
-            before(args, kwargs)
-            self._resume()
+            self._note(before, args, kwargs)
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._pause()
-            after(output)
-            self._resume()
+            self._note(after, output)
 
         # Outermost: inputs as the caller passes them, outputs as the caller gets them, and None after an error. By the
         # class, since ScriptModule would try to compile the hook.
@@ -194,6 +196,17 @@ class Recording:
             nn.Module.register_forward_pre_hook(module, enter, prepend=True, with_kwargs=True),
             nn.Module.register_forward_hook(module, leave, with_kwargs=True, always_call=True),
         )
+
+    def _note(self, what: Callable[..., None], *args: Any) -> None:
+        """Note something. If that fails (inputs that cannot be copied, say), the user's call goes on all the same."""
+        if self._trouble is not None:
+            return
+        try:
+            self._pause()
+            what(*args)
+            self._resume()
+        except Exception as error:
+            self._trouble = error
 
     def _remove(self) -> None:
         for handle in self._handles:

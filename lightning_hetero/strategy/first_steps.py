@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,18 @@ class FirstSteps:
             self.is_over = True
         return None
 
-    def around_step(self) -> AbstractContextManager[Any]:
-        """What the step's forward has to run in."""
-        if self._recording is None or self._is_recorded:
-            return nullcontext()
-        self._is_recorded = True  # some optimizers call the step several times
-        return self._recording
+    @contextmanager
+    def around_step(self) -> Iterator[None]:
+        """What the step's forward has to run in. If it cannot be recorded, it runs all the same."""
+        recording, self._is_recorded = None if self._is_recorded else self._recording, self._recording is not None
+        with ExitStack() as stack:
+            if recording is not None:  # once: some optimizers call the step several times
+                try:
+                    stack.enter_context(recording)
+                except Exception as error:
+                    log.warning("the model cannot be measured, so the first plan stays: %s", error, exc_info=True)
+                    self._recording, self.is_over = None, True
+            yield
 
     def refused(self, error: Exception) -> Plan:
         """The new plan cannot run. Returns the one that ran before."""

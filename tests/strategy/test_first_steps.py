@@ -154,6 +154,37 @@ def test_a_policy_that_fails_on_the_profile_is_given_up(hetero: Any, caplog: pyt
     assert len(module.losses) == trainer.global_step
 
 
+def test_inputs_that_cannot_be_copied_do_not_stop_the_run(hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class NoCopies:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("not to be copied")
+
+        def __copy__(self) -> Any:
+            raise TypeError("not to be copied")
+
+    class Odd(torch.nn.Linear):
+        def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+            return super().forward(x)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Odd(8, 8), Odd(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x, NoCopies())), NoCopies())
+
+    class OddClassifier(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net().double()
+
+    module = OddClassifier()
+    trainer = hetero(placement=SpreadOnceMeasured(), strategy=ALWAYS)
+    trainer.fit(module, data(), data())
+    assert len(module.losses) == trainer.global_step
+
+
 def test_rules_hold_for_the_measured_plan_too(hetero: Any, accelerator: EmulatedAccelerator) -> None:
     first, second = accelerator.devices[:2]
     rules = {"pins": {"net.first": first}, "forbidden": [second]}
