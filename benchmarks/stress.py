@@ -32,20 +32,23 @@ class Late(torch.autograd.Function):
     """Nothing, but later."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, chance: random.Random | None) -> Tensor:  # noqa: D102
-        ctx.chance = chance
-        sleep(chance)
+    def forward(ctx: Any, x: Tensor, delayed: bool) -> Tensor:  # noqa: D102
+        ctx.delayed = delayed
+        sleep(delayed)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        sleep(ctx.chance)
+        sleep(ctx.delayed)
         return gradient, None
 
 
-def sleep(chance: random.Random | None) -> None:
-    if chance is not None and chance.random() < 1 / 3:
-        time.sleep(chance.random() * 1e-3)
+CHANCE = random.Random(0)  # no attribute of the model: that would be state, which forbids to cut it
+
+
+def sleep(delayed: bool) -> None:
+    if delayed and CHANCE.random() < 1 / 3:
+        time.sleep(CHANCE.random() * 1e-3)
 
 
 class Block(nn.Module):
@@ -55,10 +58,10 @@ class Block(nn.Module):
         super().__init__()
         self.linear = nn.Linear(16, 16)
         self.drop = nn.Dropout(0.1)
-        self.chance: random.Random | None = None
+        self.delayed = False
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return x + self.drop(torch.tanh(self.linear(Late.apply(x, self.chance))))  # type: ignore[no-untyped-call]
+        return x + self.drop(torch.tanh(self.linear(Late.apply(x, self.delayed))))  # type: ignore[no-untyped-call]
 
 
 def train(model: nn.Module, devices: tuple[str, ...], steps: int, delayed: bool) -> list[Tensor]:
@@ -73,8 +76,8 @@ def train(model: nn.Module, devices: tuple[str, ...], steps: int, delayed: bool)
     assert mode is not None
     activate(mode)
     try:
-        for index, block in enumerate(blocks):
-            block.chance = random.Random(index) if delayed else None
+        for block in blocks:
+            block.delayed = delayed
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
         torch.manual_seed(1)
         x = torch.randn(10, 16)

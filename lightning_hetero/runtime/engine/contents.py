@@ -171,7 +171,8 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 def _is_open(value: Any) -> bool:
     """Whether it is an object of user code with attributes of its own."""
-    return not callable(value) and hasattr(value, "__dict__") and is_users(type(value))
+    has_state = isinstance(value, random.Random)
+    return not (has_state or callable(value)) and hasattr(value, "__dict__") and is_users(type(value))
 
 
 def is_users(cls: type) -> bool:
