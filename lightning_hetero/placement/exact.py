@@ -10,7 +10,7 @@ from math import prod
 from lightning_hetero.errors import InfeasiblePlanError
 from lightning_hetero.placement.as_chain import as_chain, chain_schedule, homes_of
 from lightning_hetero.placement.found import Found, best_of, place_by
-from lightning_hetero.placement.improve import improve
+from lightning_hetero.placement.improve import exchanged, improve
 from lightning_hetero.placement.judge import Judge, Priced
 from lightning_hetero.placement.memory_first import fill
 from lightning_hetero.placement.policy import Placement, register_policy
@@ -63,7 +63,16 @@ def find(judge: Judge, *, one_by_one: int = SIMULATED_ONE_BY_ONE, tries: int = T
         solved = dict.fromkeys((filled, *judge.singles().values()), "")
     best_first = sorted(solved, key=lambda priced: priced.key)
     of_each_way = {priced.execution: priced for priced in reversed(best_first)}
-    starts = sorted(of_each_way.values(), key=lambda priced: priced.key)[:STARTS]
+    starts = sorted(of_each_way.values(), key=lambda priced: priced.key)
+    if not starts[0].fits:  # the chain knows less of memory than the simulator: perhaps it does on other devices
+        tried = (
+            judge.price(homes, start.execution)
+            for start in starts
+            for homes in exchanged(start.homes, judge.names)
+            if judge.may_stand(homes) and not judge.problem.time_is_up()
+        )
+        starts = sorted((*starts, *tried), key=lambda priced: priced.key)
+    starts = starts[:STARTS]
     ends = {improve(judge, start, tries=tries): start for start in starts}
     best = best_of((*ends, *judge.singles().values()))
     return Found(best=best, proof=_proof(best, ends, solved))

@@ -51,7 +51,7 @@ def _neighbours(judge: Judge, best: Priced) -> Iterator[tuple[Homes, Execution]]
     for execution in judge.ways(homes):
         if execution != best.execution:
             yield homes, execution
-    for changed in (*_replaced(homes, judge.names), *_moved(judge, homes)):
+    for changed in (*exchanged(homes, judge.names), *_moved(judge, homes)):
         if judge.may_stand(changed):
             for execution in ways:
                 yield changed, execution
@@ -65,7 +65,7 @@ def _borders(homes: Homes) -> Iterator[Homes]:
             yield (*homes[:spot], other, *homes[spot + 1 :])
 
 
-def _replaced(homes: Homes, names: tuple[str, ...]) -> Iterator[Homes]:
+def exchanged(homes: Homes, names: tuple[str, ...]) -> Iterator[Homes]:
     """Let one device do the work of another, which rests or takes over what the first one did."""
     used = [name for name in names if name in homes]
     for one, other in permutations(names, 2):

@@ -110,8 +110,8 @@ def draws(measured: Measured, seed: int) -> Problem:
 def test_the_solver_alone_comes_near_the_best_contiguous_placement(measured: Measured) -> None:
     """Where the chain is not all of the model, nothing is proved.
 
-    The chain knows less of memory than the simulator. In one of these problems, where memory is tight, that leads the
-    search 70 % astray; the others are within 2 %.
+    In 120 such problems the mean gap was 0.7 % and the worst 16 %. Without changes in the simulator it was 5.7 % in
+    mean and 213 % at worst.
     """
     ways = [Execution(), *(Execution(micro_batches=count, schedule="forward") for count in COUNTS[1:])]
     gaps = []
@@ -121,8 +121,8 @@ def test_the_solver_alone_comes_near_the_best_contiguous_placement(measured: Mea
         if best < float("inf"):
             gaps.append(max(0.0, step_s(ExactPolicy(one_by_one=0), problem) / best - 1))
     assert len(gaps) >= 20
-    assert sorted(gaps)[-2] < 0.02
-    assert mean(gaps) < 0.025
+    assert max(gaps) < 0.16
+    assert mean(gaps) < 0.02
 
 
 def test_proofs_say_what_was_proved(measured: Measured) -> None:
