@@ -3,7 +3,7 @@
 from lightning_hetero.simulate.cost import StageCost
 from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.memory import MemoryCurve, memory_curves, peak_alive
-from lightning_hetero.simulate.predict import Prediction, predict, split_rows
+from lightning_hetero.simulate.predict import Prediction, predict
 from lightning_hetero.simulate.step import simulate
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "peak_alive",
     "predict",
     "simulate",
-    "split_rows",
 ]

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from lightning_hetero.plan.forecast import FORWARD, WHOLE, DeviceForecast, Execution, Forecast
 from lightning_hetero.schedule import TRANSFER, Span, Timeline
+from lightning_hetero.schedule.rows import split_rows
 from lightning_hetero.simulate.cost import StageCost
 from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.peak import peak_bytes
@@ -86,17 +87,6 @@ def predict(costs: Costs, device_of: Mapping[str, str], execution: Execution) ->
         fits=all(device.memory_bytes <= device.limit_bytes for device in forecast.devices),
         slots=tuple(slots),
     )
-
-
-def split_rows(rows: int, parts: int) -> list[int]:
-    """Rows of each micro-batch, as the runtime cuts a batch: as equal as can be, the larger ones first.
-
-    Example:
-        >>> split_rows(10, 4)
-        [3, 3, 2, 2]
-    """
-    parts = max(1, min(parts, rows))
-    return [rows // parts + (index < rows % parts) for index in range(parts)]
 
 
 def _as_run(costs: Costs, way: Route, execution: Execution) -> Execution:

@@ -15,8 +15,8 @@ from lightning_hetero.errors import PlacementError, ProfileError
 from lightning_hetero.graph import ModelGraph, Unit
 from lightning_hetero.plan.forecast import Execution
 from lightning_hetero.profile import Curve, Flow, Line, ModelProfile, UnitCost
+from lightning_hetero.schedule.rows import split_rows
 from lightning_hetero.simulate import Costs, predict
-from lightning_hetero.simulate.predict import split_rows
 
 GIB = 1 << 30
 NAMES = ("a:0", "b:0", "c:0")

@@ -15,17 +15,6 @@ from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.tree import Tree, with_fields, with_values
 
 
-def split_rows(rows: int, parts: int) -> list[int]:
-    """Sizes of micro-batches: as equal as can be, the larger ones first; fewer than `parts` if there are fewer rows.
-
-    Example:
-        >>> split_rows(10, 4)
-        [3, 3, 2, 2]
-    """
-    parts = max(1, min(parts, rows))
-    return [rows // parts + (index < rows % parts) for index in range(parts)]
-
-
 @dataclass(frozen=True)
 class Cut:
     """Which of a region's input tensors have the batch as their first dimension.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_hetero.runtime.emulate import Pace
 from lightning_hetero.runtime.engine import faults
-from lightning_hetero.runtime.engine.batch import split_rows
 from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.intercept import ChainUnit, ModuleUnit, Region
@@ -36,6 +35,7 @@ from lightning_hetero.runtime.engine.watch import Watch
 from lightning_hetero.runtime.engine.worker import Worker
 from lightning_hetero.runtime.layout import Layout
 from lightning_hetero.schedule import Pipeline
+from lightning_hetero.schedule.rows import split_rows
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.errors import UnsupportedError
-from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, offsets, split_rows
+from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, offsets
 from lightning_hetero.runtime.engine.intercept import Gate, Region
 from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.step import StepCall, StepTask
@@ -19,6 +19,7 @@ from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
 from lightning_hetero.runtime.engine.verdict import Watch
 from lightning_hetero.schedule import Op, Schedule, bounds
+from lightning_hetero.schedule.rows import split_rows
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
