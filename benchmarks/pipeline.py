@@ -1,8 +1,10 @@
 """How close micro-batches come to what their schedule allows, on stages that sleep instead of working.
 
 A sleeping stage leaves the processor to the engine, as an accelerator would, so that only schedule and engine count. A
-stage sleeps in proportion to the rows, and twice as long in the backward. The ideal is that of the simulator for the
-same stages: all forwards before the first backward for "forward", one forward and one backward in turn for "step".
+stage sleeps in proportion to the rows, and twice as long in the backward. Speed-up is over a plain loop over the same
+micro-batches, without the engine: a sleep lasts a little longer than it is told to, and torch needs some time to
+differentiate the stages, with or without a pipeline. The ideal speed-up is that of the simulator for the same stages:
+all forwards before the first backward for "forward", one forward and one backward in turn for "step".
 
 Two stages also run under torch.distributed.pipelining's 1F1B, in two processes, right after ours.
 """
@@ -70,6 +72,19 @@ def seconds(stages_s: list[float], micro_batches: int, mode: str, repetitions: i
         placed.release(torch.device("cpu"))
 
 
+def plain_s(stages_s: list[float], micro_batches: int, repetitions: int) -> float:
+    """Median time of the same in a plain loop: one stage and one micro-batch after the other."""
+    model = Model(stages_s)
+    batch = torch.randn(ROWS, 4)
+
+    def step() -> None:
+        for part in batch.chunk(micro_batches):
+            (model.training_step(part, 0) / micro_batches).backward()
+
+    step()
+    return statistics.median(timed(step) for _ in range(repetitions))
+
+
 def ideal_s(stages_s: list[float], micro_batches: int, mode: str) -> float:
     """What the simulator says if nothing but the stages takes time."""
     costs = [
@@ -88,9 +103,13 @@ def main() -> None:
         for name, stages_ms in CASES.items():
             stages_s = [stage_ms / 1000 for stage_ms in stages_ms]
             for micro_batches in MICRO_BATCHES:
+                loop_s = plain_s(stages_s, micro_batches, repetitions)
+                slept_s = 3 * sum(stages_s)
+                figures[f"plain_{name}_{micro_batches}"] = loop_s / slept_s
                 ours_s = {mode: seconds(stages_s, micro_batches, mode, repetitions) for mode in ("forward", "step")}
                 for mode, mode_s in ours_s.items():
-                    figures[f"{mode}_{name}_{micro_batches}"] = ideal_s(stages_s, micro_batches, mode) / mode_s
+                    ideal_speedup = slept_s / ideal_s(stages_s, micro_batches, mode)
+                    figures[f"{mode}_{name}_{micro_batches}"] = loop_s / mode_s / ideal_speedup
                 if len(stages_s) == STAGES:
                     torch_s = theirs.seconds(stages_s, micro_batches, repetitions)
                     figures[f"torch_ratio_{name}_{micro_batches}"] = torch_s / min(ours_s.values())

@@ -51,7 +51,7 @@ FIGURES = {
     },
     "pipeline.py": {
         f"{what}_{stages}_{micro_batches}"
-        for what in ("forward", "step", "torch_ratio")
+        for what in ("forward", "step", "plain", "torch_ratio")
         for stages in ("40_40", "60_20", "20_60", "30_30_30")
         for micro_batches in (4, 8)
         if (what, stages) != ("torch_ratio", "30_30_30")
