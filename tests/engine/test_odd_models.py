@@ -100,6 +100,25 @@ class Normalised(torch.autograd.Function):
         return gradient / gradient.norm()
 
 
+class Kinked(torch.autograd.Function):
+    """Some rows have another gradient beside others, by a hundredth: as if an activation at a kink had fallen over it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kinked: Tensor) -> Tensor:
+        ctx.factor = 1 + 0.01 * kinked * (len(x) > 1)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def first_at_kink(model: nn.Module) -> Tensor:
+    kinked = torch.zeros(10, 1, dtype=torch.float64)
+    kinked[0] = 1
+    return model(rows(), kinked).pow(2).mean()  # type: ignore[no-any-return]
+
+
 def routed(model: Any, x: Tensor) -> Tensor:
     """A mixture of experts, one for each row."""
     weight, choice = model.router(x).softmax(-1).max(-1)
@@ -232,6 +251,7 @@ CUT: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
         ),
         lambda model: model(rows().requires_grad_()).pow(2).mean(),
     ),
+    "one activation at a kink": (lambda: Net(lambda m, x, kinked: m.b(Kinked.apply(m.a(x), kinked))), first_at_kink),
     "forward called directly": (lambda: Net(lambda m, x: m.b(m.a.forward(x) + m.a(x))), square),
     "rows one by one": (
         lambda: Net(lambda m, x: torch.vmap(lambda row: m.b(torch.tanh(m.a(row))))(x)),
@@ -398,6 +418,11 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], Loss, str]] = {
     ),
     "backward with a norm of the batch": (
         lambda: Between(lambda m, x: Normalised.apply(x)),
+        square,
+        "the gradients of its rows depend on each other",
+    ),
+    "small coupling of gradients": (
+        lambda: Between(lambda m, x: Kinked.apply(x, torch.ones(1))),
         square,
         "the gradients of its rows depend on each other",
     ),

@@ -6,6 +6,7 @@ one of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ Run = Callable[[Sequence[Tensor]], Any]  # from the tensors among the inputs to 
 _MOST_ROWS = 4  # rows whose gradients are compared
 _MOST_BYTES = 1 << 30  # of gradients at once
 _SKETCH = 1 << 12  # elements of a gradient that are compared
+_TRIES = 3  # with other rows each time
+_KINK = 0.03  # of a gradient: how far one activation at a kink may throw it off
 
 
 class GradientTrial:
@@ -52,6 +55,10 @@ class GradientTrial:
     def adds_up(self, tensors: Sequence[Tensor], cut: Cut, rows: int) -> bool:
         """Whether the gradients of the rows are the sums of those of the parts.
 
+        An activation that is zero but for rounding may be above zero in the whole and below in a part (ReLU), which
+        changes gradients a little. So after a small difference other rows of the batch are tried: a coupling of rows
+        shows with them, too.
+
         Args:
             tensors: Copies of the inputs.
             cut: Which of them are cut.
@@ -60,21 +67,33 @@ class GradientTrial:
         Raises:
             CannotCutError: All runs share a graph: some tensor comes into the module by another way than its inputs.
         """
-        rows = min(rows, _MOST_ROWS)
+        for start in range(0, _TRIES * _MOST_ROWS, _MOST_ROWS):
+            count = min(rows - start, _MOST_ROWS)
+            if start and count < 2:
+                return False
+            error = self._error(tensors, cut, start, count)
+            if error == 0.0 or error > _KINK:
+                return error == 0.0
+        return False
+
+    def _error(self, tensors: Sequence[Tensor], cut: Cut, start: int, rows: int) -> float:
+        """How far the sums of parts are from the gradients of some rows, relative to these; 0 up to rounding."""
         with torch.enable_grad(), _without_cached_casts():
-            head, tail, whole = (_Run(self._run, cut.take(tensors, *part)) for part in ((0, 1), (1, rows), (0, rows)))
+            head, tail, whole = (
+                _Run(self._run, cut.take(tensors, start + a, start + b)) for a, b in ((0, 1), (1, rows), (0, rows))
+            )
             if not head.nodes.isdisjoint(tail.nodes):
                 raise CannotCutError("it uses a tensor with a graph that is not one of its inputs")
             self._note_traced(whole)
             known = {id(leaf) for leaf in whole.inputs}
             leaves = {id(leaf): leaf for leaf in (*self._parameters, *whole.leaves) if id(leaf) not in known}
-            parts = [run.gradients([*leaves.values()], start, rows) for run, start in ((head, 0), (tail, 1))]
+            parts = [run.gradients([*leaves.values()], first, rows) for run, first in ((head, 0), (tail, 1))]
             expected = whole.gradients([*leaves.values()], 0, rows)
         found = [
             torch.cat([a, b]) if place in cut.positions and a.dim() else a + b
             for place, (a, b) in enumerate(zip(*parts, strict=True))
         ]
-        return self._agree(found, expected)
+        return self._distance(found, expected)
 
     def _note_traced(self, whole: _Run) -> None:
         needed = {id(leaf) for leaf, given in zip(whole.inputs, self._given, strict=True) if not given.requires_grad}
@@ -85,16 +104,19 @@ class GradientTrial:
             or (output.is_leaf and id(output) not in needed)
         )
 
-    def _agree(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    def _distance(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         dtypes = {leaf.dtype for leaf in (*self._parameters, *self._given) if leaf.is_floating_point()}
         step = max(torch.finfo(dtype).eps for dtype in (torch.float64, *dtypes, *self._precision))
         sizes = [float(each.abs().max()) if each.numel() else 0.0 for each in expected]
         # A gradient may be nothing but rounding, as that of a bias before a softmax: so the others count, too.
         noise = min(STEPS * step, step**0.5) * max(sizes, default=0.0)
-        return all(
-            bool(((a - b).abs() <= step**0.5 * size + noise).all())
-            for a, b, size in zip(found, expected, sizes, strict=True)
-        )
+        farthest = 0.0
+        for a, b, size in zip(found, expected, sizes, strict=True):
+            distance = (a - b).abs()
+            if not bool((distance <= step**0.5 * size + noise).all()):
+                relative = float(distance.max()) / size if size else math.inf
+                farthest = max(farthest, math.inf if math.isnan(relative) else relative)
+        return farthest
 
 
 class _Run:
