@@ -6,7 +6,8 @@
 Models (MLP, convnet, transformer) x placements x micro-batches, on devices that the CPU plays ("emulated": two unequal
 ones, both so slow that they sleep most of the time, as devices of their own would leave the CPU alone) and on the
 emulated accelerator with a model of its link ("accelerator"), whose allocator knows the peak. Every model is profiled
-once for all of its plans. Errors are relative to what was measured: the mean of their absolute values; ranks are
+once for all of its plans. These take turns, in two rounds, each time after some steps of warm-up; what counts is the
+median of all steps. Errors are relative to what was measured: the mean of their absolute values; ranks are
 compared over the plans of each model (Spearman), and the mean is taken.
 """
 
@@ -40,7 +41,8 @@ from lightning_hetero.testing import EmulatedAccelerator, install_accelerator
 EMULATED = "cpu@speed=2,cpu@speed=1,cpu@speed=4"
 MICRO_BATCHES, QUICK_MICRO_BATCHES = (1, 2, 4), (1, 4)
 PLACEMENTS, QUICK_PLACEMENTS = 4, 2
-WARM_UP, STEPS, QUICK_STEPS = 4, 9, 1
+WARM_UP, STEPS, QUICK_STEPS = 4, 7, 1
+ROUNDS, QUICK_ROUNDS = 2, 1
 ROUNDING_BYTES = 1 << 16  # of an allocator: less is no underestimation
 ROWS = 64
 
@@ -128,8 +130,8 @@ class Bench:
 
     def measured(
         self, device_of: Mapping[str, str], micro_batches: int, steps: int, accelerator: EmulatedAccelerator | None
-    ) -> tuple[float, list[int]]:
-        """Seconds of a step, and the peak of each device of the accelerator above what lay there before."""
+    ) -> tuple[list[float], list[int]]:
+        """Seconds of each step, and the peak of each device of the accelerator above what lay there before."""
         gc.collect()
         module = self.make()
         problem = Problem(graph=find_units(module), inventory=self.inventory)
@@ -156,7 +158,7 @@ class Bench:
             if reconciler is not None:
                 deactivate(reconciler)
             placed.release(torch.device("cpu"))
-        return statistics.median(found[-steps:]), peaks
+        return found[-steps:], peaks
 
 
 def _used(accelerator: EmulatedAccelerator | None) -> list[int]:
@@ -175,11 +177,14 @@ def _peak(accelerator: EmulatedAccelerator | None, index: int) -> int:
 
 
 def rank_correlation(found: Sequence[float], expected: Sequence[float]) -> float:
-    """Spearman's, without ties."""
-    ranks = [{value: rank for rank, value in enumerate(sorted(values))} for values in (found, expected)]
-    pairs = [(ranks[0][a], ranks[1][b]) for a, b in zip(found, expected, strict=True)]
-    count = len(pairs)
-    return 1 - 6 * sum((a - b) ** 2 for a, b in pairs) / (count * (count**2 - 1))
+    """Spearman's; equal values share the mean of their ranks."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [
+            sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values
+        ]
+
+    return statistics.correlation(ranks(found), ranks(expected))
 
 
 def compare(
@@ -189,27 +194,36 @@ def compare(
     errors, ranks, memory, too_bright = [], [], [], 0
     for name in list(MODELS)[: 2 if quick else None]:
         bench = Bench(name, inventory, places)
+        plans = [
+            (device_of, micro_batches)
+            for device_of in bench.placements[: QUICK_PLACEMENTS if quick else PLACEMENTS]
+            for micro_batches in (QUICK_MICRO_BATCHES if quick else MICRO_BATCHES)
+        ]
+        seconds: list[list[float]] = [[] for _ in plans]
+        peaks: list[list[int]] = [[] for _ in plans]
+        for _ in range(QUICK_ROUNDS if quick else ROUNDS):
+            for spot, (device_of, micro_batches) in enumerate(plans):
+                steps, found = bench.measured(device_of, micro_batches, QUICK_STEPS if quick else STEPS, accelerator)
+                seconds[spot] += steps
+                peaks[spot] = list(map(max, found, peaks[spot] or found))
         pairs = []
-        for device_of in bench.placements[: QUICK_PLACEMENTS if quick else PLACEMENTS]:
-            for micro_batches in QUICK_MICRO_BATCHES if quick else MICRO_BATCHES:
-                cut = micro_batches > 1
-                execution = Execution(micro_batches=micro_batches, schedule="forward" if cut else "whole")
-                forecast = predict(bench.costs, device_of, execution).forecast
-                seconds, peaks = bench.measured(device_of, micro_batches, QUICK_STEPS if quick else STEPS, accelerator)
-                pairs.append((forecast.step_s, seconds))
-                spot = bench.placements.index(device_of)
-                print(f"{where:<12}{name:<12}{spot} M={micro_batches}  predicted {forecast.step_s * 1e3:7.1f} ms, "
-                      f"measured {seconds * 1e3:7.1f} ms  {forecast.bottleneck}")  # fmt: skip
-                by_name = {device.device: device.memory_bytes for device in forecast.devices}
-                for index, peak in enumerate(peaks):
-                    expected = by_name.get(f"dev:{index}", 0)
-                    if peak and expected:
-                        memory.append(expected / peak - 1)
-                        too_bright += expected < peak - ROUNDING_BYTES
-                        print(
-                            f"{'':<12}dev:{index} predicted {expected / 2**20:7.2f} MiB, measured {peak / 2**20:7.2f}"
-                        )
-        errors += [abs(expected / seconds - 1) for expected, seconds in pairs]
+        for spot, (device_of, micro_batches) in enumerate(plans):
+            execution = Execution(micro_batches=micro_batches, schedule="forward" if micro_batches > 1 else "whole")
+            forecast = predict(bench.costs, device_of, execution).forecast
+            measured_s = statistics.median(seconds[spot])
+            pairs.append((forecast.step_s, measured_s))
+            print(
+                f"{where:<12}{name:<12}{bench.placements.index(device_of)} M={micro_batches}  predicted "
+                f"{forecast.step_s * 1e3:7.1f} ms, measured {measured_s * 1e3:7.1f} ms  {forecast.bottleneck}"
+            )
+            by_name = {device.device: device.memory_bytes for device in forecast.devices}
+            for index, peak in enumerate(peaks[spot]):
+                expected = by_name.get(f"dev:{index}", 0)
+                if peak and expected:
+                    memory.append(expected / peak - 1)
+                    too_bright += expected < peak - ROUNDING_BYTES
+                    print(f"{'':<12}dev:{index} predicted {expected / 2**20:7.2f} MiB, measured {peak / 2**20:7.2f}")
+        errors += [abs(expected / measured_s - 1) for expected, measured_s in pairs]
         ranks.append(rank_correlation([a for a, _ in pairs], [b for _, b in pairs]))
     figures = {f"{where}_step_error": statistics.mean(errors), f"{where}_rank": statistics.mean(ranks)}
     if memory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +39,18 @@ class Alone:
         seen_rows: Rows of the batch in that call.
         device: Where to run it.
         training: Whether to run the backward too.
+        followers: Modules without parameters through which what it returns goes.
     """
 
     def __init__(
-        self, unit: nn.Module, sample: Sample, *, seen_rows: int, device: torch.device, training: bool
+        self,
+        unit: nn.Module,
+        sample: Sample,
+        *,
+        seen_rows: int,
+        device: torch.device,
+        training: bool,
+        followers: Sequence[nn.Module] = (),
     ) -> None:
         self.device = device
         self.sample = sample
@@ -50,6 +58,7 @@ class Alone:
         self._seen_rows = seen_rows
         self._elsewhere = torch.zeros(_CACHE_BYTES if device.type == "cpu" else 0, dtype=torch.uint8, device="cpu")
         self.twin = copy_of(unit, lambda tensor: tensor.to(device, copy=True))
+        self.followers = [copy_of(other, lambda tensor: tensor.to(device, copy=True)) for other in followers]
 
     def inputs(self, rows: int, carriers: Carriers) -> Inputs:
         """The sample's arguments with the first `rows` rows; where it has fewer, they come again."""
@@ -77,11 +86,17 @@ class Alone:
         return Inputs(map_tensors(inputs.args, visit, own_copy), map_tensors(inputs.kwargs, visit, own_copy))
 
     def forward(self, fresh: Inputs) -> Any:
-        """Call the unit."""
+        """Call the unit, and what follows it."""
+        return self._call(fresh, self.followers)
+
+    def _call(self, fresh: Inputs, followers: Sequence[nn.Module]) -> Any:
         dtype = self.sample.autocast
         autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
         with torch.set_grad_enabled(self.training), autocast:
-            return self.twin(*fresh.args, **fresh.kwargs)
+            output = self.twin(*fresh.args, **fresh.kwargs)
+            for follower in followers:
+                output = follower(output)
+            return output
 
     def seconds(self, inputs: Inputs) -> tuple[float, float]:
         """Seconds of the forward and of the backward; 0.0 for a backward that is not needed."""
@@ -94,7 +109,7 @@ class Alone:
         Raises:
             Exception: Whatever the unit raises.
         """
-        outputs = tensors_in(self.forward(self.fresh(self.inputs(rows, carriers))))
+        outputs = tensors_in(self._call(self.fresh(self.inputs(rows, carriers)), ()))
         expected = [self._shape0(spec, rows) for spec in self.sample.outputs]
         got = [tensor.shape[0] if tensor.dim() else 0 for tensor in outputs]
         return len(got) == len(expected) and all(e is None or e == g for e, g in zip(expected, got, strict=True))

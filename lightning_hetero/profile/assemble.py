@@ -12,8 +12,11 @@ from lightning_hetero.profile.estimate import estimate_profile
 from lightning_hetero.profile.fill import Pair, add_curves, fill
 from lightning_hetero.profile.job import Job
 from lightning_hetero.profile.recording import Call, Recording
+from lightning_hetero.profile.sizes import Lines
 
-_OWN_BACKWARD = 2.0  # seconds of the backward of own code for each second of its forward
+# Seconds of the backward of own code for each second of its forward: of operations it takes more, but half of such
+# code is Python, which has no backward.
+_OWN_BACKWARD = 1.0
 
 
 def put_together(
@@ -22,6 +25,7 @@ def put_together(
     jobs: Mapping[str, Job],
     basis_of: Mapping[str, Basis],
     optimizer_s: Mapping[Bench, float],
+    sum_s: Mapping[Bench, float],
     rows: int,
     call_overhead_s: float,
     notes: tuple[str, ...] = (),
@@ -34,6 +38,7 @@ def put_together(
         jobs: What was measured, by sort of unit.
         basis_of: How each device follows from a bench.
         optimizer_s: Seconds of an optimizer step for each byte, on the benches where it ran.
+        sum_s: Seconds of adding gradients for each byte, likewise.
         rows: Rows of the batches to come.
         call_overhead_s: What the runtime adds to each call.
         notes: What else was estimated.
@@ -64,7 +69,6 @@ def put_together(
         _unit(name, these, jobs[sorts[name]], full[sorts[name]], basis_of, recording.rows)
         for name, these in calls.items()
     )
-    slowest_s = max(optimizer_s.values(), default=0.0)
     return ModelProfile(
         model=recording.graph.fingerprint,
         rows=rows,
@@ -73,16 +77,23 @@ def put_together(
         flows=recording.flows,
         optimizer_s_per_byte={
             # The runtime stretches what modules do on an emulated device, not what optimizers do.
-            device: basis.optimizer_s_per_byte
-            or optimizer_s.get(basis.bench, slowest_s) * (basis.factor if basis.estimated else 1.0)
+            device: basis.optimizer_s_per_byte or _of(optimizer_s, basis)
             for device, basis in basis_of.items()
         }
         if training
         else {},
+        gradient_sum_s_per_byte={device: _of(sum_s, basis) for device, basis in basis_of.items()} if training else {},
         call_overhead_s=call_overhead_s,
         estimated=any(basis.estimated for basis in basis_of.values()),
         notes=notes,
     )
+
+
+def _of(seconds: Mapping[Bench, float], basis: Basis) -> float:
+    """Of a device, from those of a bench; where the bench could not tell, from the slowest."""
+    bench = replace(basis.bench, steady=False)
+    slowest_s = max(seconds.values(), default=0.0)
+    return seconds.get(bench, slowest_s) * (basis.factor if basis.estimated else 1.0)
 
 
 def _unit(
@@ -91,9 +102,12 @@ def _unit(
     """A unit's cost; calls on inputs of other sizes than the first count in proportion to their elements."""
     first = max(1, _elements(calls[0]))
     size = sum(_elements(call) for call in calls) / first if _elements(calls[0]) else float(len(calls))
-    saved, temporary = job.saved, job.temporary
-    if saved is None or temporary is None:
-        saved = temporary = sum((spec.line(seen_rows) for spec in calls[0].outputs), Line())
+    bytes_ = job.sizes
+    if bytes_ is None:
+        outputs = sum((spec.line(seen_rows) for spec in calls[0].outputs), Line())
+        inputs = sum((spec.line(seen_rows) for spec in calls[0].inputs), Line())
+        bytes_ = Lines(outputs, outputs, inputs, outputs, outputs + inputs, counted=False)
+    largest = max(max(1, _elements(call)) for call in calls) / first
     return UnitCost(
         name=name,
         calls=len(calls),
@@ -101,8 +115,11 @@ def _unit(
         backward_s={d: b.curve(pairs[b.bench][1].scaled(size), len(calls)) for d, b in basis_of.items()}
         if job.training
         else {},
-        saved_bytes=saved.scaled(size / len(calls)) if job.training else Line(),
-        temporary_bytes=temporary.scaled(max(max(1, _elements(call)) for call in calls) / first),
+        saved_bytes=bytes_.saved.scaled(size / len(calls)) if job.training else Line(),
+        saved_output_bytes=bytes_.saved_output.scaled(size / len(calls)) if job.training else Line(),
+        saved_input_bytes=bytes_.saved_input.scaled(size / len(calls)) if job.training else Line(),
+        temporary_bytes=bytes_.forward.scaled(largest),
+        backward_bytes=bytes_.backward.scaled(largest) if job.training else Line(),
     )
 
 
@@ -116,10 +133,13 @@ def _own_code(
     rows = recording.rows
     recorded_s = sum(call.seconds for call in recording.calls)
     forward: dict[str, Curve] = {}
-    for device in basis_of:
+    for device, basis in basis_of.items():
         units_s = add_curves([unit.forward_s[device] for unit in units])(rows)
+        if not basis.estimated:
+            units_s /= basis.factor  # the runtime stretches what modules do on an emulated device, not what is around
         forward[device] = Curve(((rows, recording.own_code_s * units_s / max(recorded_s, 1e-9)),))
     handed = [flow for flow in recording.flows if flow.target == OWN_CODE]
+    largest = max((flow.size_bytes for flow in handed), key=lambda size: size(rows), default=Line())
     learns = training and any(p.requires_grad for p in recording.module.parameters())
     return UnitCost(
         name=OWN_CODE,
@@ -128,6 +148,8 @@ def _own_code(
         if training
         else {},
         saved_bytes=sum((flow.size_bytes for flow in handed if flow.has_gradient), Line()) if training else Line(),
+        # What it makes of one of them, and the gradient of that.
+        temporary_bytes=largest.scaled(2.0 if training else 1.0),
     )
 
 
@@ -141,13 +163,13 @@ def _notes(
     for sort, job in jobs.items():
         names = [name for name, other in recording.sort_of.items() if other == sort]
         who = f"Unit {names[0]!r}" + (f" (and {len(names) - 1} like it)" if len(names) > 1 else "")
-        for bench in dict.fromkeys(basis.bench for basis in basis_of.values()):
+        for bench, measured in {replace(basis.bench, steady=False): basis.bench for basis in basis_of.values()}.items():
             where = bench.torch_device
-            if bench in job.errors and bench in found[sort]:
+            if bench in job.errors and measured in found[sort]:
                 notes.append(f"{who} ran alone on {where} with one number of rows only: {job.errors[bench]}")
             elif bench in job.errors:
                 notes.append(f"{who} could not run alone on {where} and is estimated there: {job.errors[bench]}")
-            elif bench not in found[sort]:
+            elif measured not in found[sort]:
                 notes.append(f"{who} is estimated on {where}: there was no time left to measure it.")
     away = [device for device, basis in basis_of.items() if basis.estimated]
     if away:

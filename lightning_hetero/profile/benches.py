@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch.optim.adam import adam
+from torch import nn
 
 from lightning_hetero.devices.spec import DeviceSpec, Inventory
 from lightning_hetero.profile.clock import medians, timed
@@ -16,7 +16,8 @@ from lightning_hetero.profile.costs import Curve
 from lightning_hetero.profile.estimate import ADAM_ACCESSES, flops_per_s
 
 _MATMUL = 512
-_FEW_ELEMENTS, _MANY_ELEMENTS = 2**10, 2**22  # between which an optimizer is timed
+_REST_S = 0.005  # what a CPU that plays devices sleeps between two kinds of work
+_FEW_ELEMENTS, _MANY_ELEMENTS = 2**10, 2**23  # between which an optimizer is timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,14 @@ class Bench:
     Attributes:
         torch_device: Its name in torch.
         threads: Intra-op threads; None leaves torch's setting alone.
+        rest: Seconds that it does nothing for each second of work, as a CPU does that plays slower devices.
+        steady: Whether what counts is what work usually takes, as on devices that are played, or else the median.
     """
 
     torch_device: str = "cpu"
     threads: int | None = None
+    rest: float = 0.0
+    steady: bool = False
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -86,11 +91,14 @@ def bases(inventory: Inventory, *, training: bool, dtype: str = "float32") -> di
         dtype: Of the model's parameters, for the data sheets.
     """
     devices = inventory.trainable if training else tuple(inventory)
-    fastest = max((device.speed for device in devices if device.emulated), default=1.0)
+    emulated = [device.speed for device in devices if device.emulated]
+    fastest = max(emulated, default=1.0)
+    rest = sum(fastest / speed - 1.0 for speed in emulated) / max(len(emulated), 1)
     found: dict[str, Basis] = {}
     for device in devices:
         if device.emulated:
-            found[device.name] = Basis(Bench("cpu", device.threads), fastest / device.speed)
+            factor = fastest / device.speed
+            found[device.name] = Basis(Bench("cpu", device.threads, rest, steady=factor > 1), factor)
         elif device.torch_device is not None and is_here(device.torch_device):
             found[device.name] = Basis(Bench(device.torch_device))
         else:
@@ -129,35 +137,57 @@ def host_flops_per_s() -> float:
     return 2 * _MATMUL**3 / seconds
 
 
-def optimizer_s_per_byte(device: torch.device, elements: int = _MANY_ELEMENTS) -> float:
-    """Seconds of a step of Adam, as torch picks it for the device, for each byte of float32 parameters.
+def optimizer_s_per_byte(bench: Bench, sizes: Sequence[int]) -> tuple[float, float]:
+    """Seconds for each byte of float32 parameters: of a step of Adam, as torch picks it, and of a sum of gradients.
+
+    The sum is that of the gradients of a micro-batch and those of others. The two take turns, so that neither finds
+    in the cache what it left there, as in a step.
 
     Args:
-        device: Where.
-        elements: Of a usual parameter: a large one costs up to three times as much for each byte, since it is not in
-            the cache and its temporaries are given back to the system.
+        bench: Where.
+        sizes: Elements of each parameter of the model: many small ones take longer than few large ones.
     """
-    many = min(max(elements, _FEW_ELEMENTS), _MANY_ELEMENTS)
     try:
-        return _adam_s(device, many) / (many * torch.float32.itemsize)
+        return _optimizer_s_per_byte(bench, sizes)
     except torch.OutOfMemoryError:
-        return _adam_s(device, _FEW_ELEMENTS) / (_FEW_ELEMENTS * torch.float32.itemsize)
+        return _optimizer_s_per_byte(bench, [_FEW_ELEMENTS])
 
 
-def _adam_s(device: torch.device, elements: int) -> float:
-    # The function, not the class, whose steps call hooks that user code may have put on all optimizers.
-    weight, gradient, mean, square = ([torch.ones(elements, dtype=torch.float32, device=device)] for _ in range(4))
-    step = partial(
-        adam,
-        *(weight, gradient, mean, square, [], [torch.zeros((), device="cpu")]),
-        amsgrad=False,
-        beta1=0.9,
-        beta2=0.999,
-        lr=1e-3,
-        weight_decay=0.0,
-        eps=1e-8,
-        maximize=False,
-    )
-    with torch.no_grad():
-        (seconds,) = medians(lambda: (timed(device, step)[0],))
-    return seconds
+def _optimizer_s_per_byte(bench: Bench, sizes: Sequence[int]) -> tuple[float, float]:
+    weights = _weights(bench.device, sizes)
+    parts = [torch.ones_like(weight) for weight in weights]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.Adam(weights)
+
+    def add() -> None:
+        with torch.no_grad():
+            for weight, part in zip(weights, parts, strict=True):
+                assert weight.grad is not None
+                weight.grad.add_(part)
+
+    def both() -> tuple[float, ...]:
+        found = []
+        for work in (optimizer.step, add):
+            if bench.rest:
+                time.sleep(_REST_S)
+            found.append(timed(bench.device, work)[0])
+        return tuple(found)
+
+    step_s, sum_s = medians(both)
+    size_bytes = max(1, sum(weight.numel() * weight.element_size() for weight in weights))
+    return step_s / size_bytes, sum_s / size_bytes
+
+
+def _weights(device: torch.device, sizes: Sequence[int]) -> list[nn.Parameter]:
+    """Parameters of such sizes, as many as have room; the least one in any case."""
+    least = min(sizes, default=_FEW_ELEMENTS)
+    room, kept = _MANY_ELEMENTS, []
+    for size in sizes:
+        if size <= room:
+            kept.append(size)
+            room -= size
+    return [
+        nn.Parameter(torch.ones(size, dtype=torch.float32, device=device))
+        for size in kept or [min(least, _MANY_ELEMENTS)]
+    ]

@@ -91,7 +91,10 @@ class UnitCost:
         forward_s: Seconds of its forward on each device that was measured, by device name.
         backward_s: Seconds of its backward likewise; empty for a model that is not trained.
         saved_bytes: What autograd keeps of a call for its backward, parameters and inputs left out.
-        temporary_bytes: What it needs beyond that while it runs, at its worst moment.
+        saved_output_bytes: The part of it that is what the unit returns.
+        saved_input_bytes: What autograd keeps of its inputs; None: all of them.
+        temporary_bytes: What a forward needs beyond that while it runs, at its worst moment.
+        backward_bytes: What a backward needs, gradients of parameters included.
     """
 
     name: str
@@ -99,7 +102,10 @@ class UnitCost:
     forward_s: Mapping[str, Curve] = field(default_factory=dict)
     backward_s: Mapping[str, Curve] = field(default_factory=dict)
     saved_bytes: Line = Line()
+    saved_output_bytes: Line = Line()
+    saved_input_bytes: Line | None = None
     temporary_bytes: Line = Line()
+    backward_bytes: Line = Line()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +119,7 @@ class Flow:
         chained: Whether they pass from one to the other inside of an `nn.Sequential`, straight from device to device.
             All else passes through the root device.
         has_gradient: Whether as much comes back in the backward.
+        taken_before_by: The unit that took the same tensors first, if it was not this call; None if nobody did.
     """
 
     source: str
@@ -120,6 +127,7 @@ class Flow:
     size_bytes: Line
     chained: bool = False
     has_gradient: bool = True
+    taken_before_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +141,7 @@ class ModelProfile:
         own_code: The model's code outside of units, and the loss, on the root device.
         flows: What passes between units.
         optimizer_s_per_byte: Seconds of an optimizer step for each byte of trained parameter, by device name.
+        gradient_sum_s_per_byte: Seconds of adding the gradients of a micro-batch to those of others, likewise.
         call_overhead_s: What the runtime adds to each call of a stage by a micro-batch, forward and backward.
         estimated: Whether seconds of some device come from data sheets and sizes, and not from a clock.
         notes: What could not be measured and was estimated instead, one sentence each.
@@ -144,6 +153,7 @@ class ModelProfile:
     own_code: UnitCost = UnitCost(name=OWN_CODE)
     flows: tuple[Flow, ...] = ()
     optimizer_s_per_byte: Mapping[str, float] = field(default_factory=dict)
+    gradient_sum_s_per_byte: Mapping[str, float] = field(default_factory=dict)
     call_overhead_s: float = 0.0
     estimated: bool = False
     notes: tuple[str, ...] = ()
@@ -196,7 +206,10 @@ def _unit(data: Mapping[str, Any]) -> UnitCost:
             "forward_s": _curves(data["forward_s"]),
             "backward_s": _curves(data["backward_s"]),
             "saved_bytes": Line(**data["saved_bytes"]),
+            "saved_output_bytes": Line(**data["saved_output_bytes"]),
+            "saved_input_bytes": None if data["saved_input_bytes"] is None else Line(**data["saved_input_bytes"]),
             "temporary_bytes": Line(**data["temporary_bytes"]),
+            "backward_bytes": Line(**data["backward_bytes"]),
         }
     )
 

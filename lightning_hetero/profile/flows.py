@@ -58,6 +58,7 @@ class _Made:
         version: How often it had been changed in place by then.
         ref: The tensor, as long as it lives.
         taken: Whether it was passed on already, so that own code is not the one that waits for it.
+        taker: The unit that took it first.
     """
 
     source: str
@@ -66,6 +67,7 @@ class _Made:
     version: int
     ref: weakref.ref[Tensor]
     taken: bool = False
+    taker: str | None = None
 
 
 class Tracker:
@@ -74,7 +76,7 @@ class Tracker:
     def __init__(self) -> None:
         self._made: dict[int, _Made] = {}
         self._outputs: list[_Made] = []
-        self._passed: list[tuple[str, str, bool, TensorSpec]] = []
+        self._passed: list[tuple[str, str, bool, str | None, TensorSpec]] = []
         self._chains: list[bool] = []  # the modules around, innermost last: is it a chain?
 
     @property
@@ -101,7 +103,8 @@ class Tracker:
                 made = self._add(tensor, OWN_CODE, straight=False)
             made.taken = True
             chained = made.straight and self._in_chain and made.source != OWN_CODE
-            self._passed.append((made.source, unit, chained, TensorSpec.of(tensor)))
+            self._passed.append((made.source, unit, chained, made.taker, TensorSpec.of(tensor)))
+            made.taker = made.taker or unit
 
     def make(self, unit: str, outputs: Iterable[Tensor]) -> None:
         """A unit returns."""
@@ -126,14 +129,21 @@ class Tracker:
     def flows(self, rows: int) -> tuple[Flow, ...]:
         """All flows, equal ones added up, in the order in which they were seen."""
         passed = list(self._passed)
-        passed += [(made.source, OWN_CODE, False, made.spec) for made in self._outputs if not made.taken]
-        sizes: dict[tuple[str, str, bool, bool], Line] = {}
-        for source, target, chained, spec in passed:
-            key = (source, target, chained, spec.requires_grad)
+        passed += [(made.source, OWN_CODE, False, None, made.spec) for made in self._outputs if not made.taken]
+        sizes: dict[tuple[str, str, bool, str | None, bool], Line] = {}
+        for source, target, chained, taker, spec in passed:
+            key = (source, target, chained, taker, spec.requires_grad)
             sizes[key] = sizes.get(key, Line()) + spec.line(rows)
         return tuple(
-            Flow(source=source, target=target, chained=chained, has_gradient=has_gradient, size_bytes=size)
-            for (source, target, chained, has_gradient), size in sizes.items()
+            Flow(
+                source=source,
+                target=target,
+                chained=chained,
+                has_gradient=has_gradient,
+                size_bytes=size,
+                taken_before_by=taker,
+            )
+            for (source, target, chained, taker, has_gradient), size in sizes.items()
         )
 
     def _find(self, tensor: Tensor) -> _Made | None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.optim import optimizer as torch_optimizer
 
 _HOOKS = (
     "_forward_hooks",
@@ -62,13 +63,14 @@ def undisturbed(devices: Iterable[torch.device]) -> Iterator[None]:
     """Put back, afterwards, what running a unit changes in this process.
 
     That is: random numbers of torch on the CPU and on `devices`, of numpy and of Python, the number of threads, and
-    hooks on all modules, which rest in the meantime. Warnings are silent: user code has had them.
+    hooks on all modules and optimizers, which rest in the meantime. Warnings are silent: user code has had them.
     """
     accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
     states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in accelerators]
     host, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     threads = torch.get_num_threads()
-    hooks = [hooks for name, hooks in vars(torch_module).items() if name.startswith("_global_") and _is_dict(hooks)]
+    places = (*vars(torch_module).items(), *vars(torch_optimizer).items())
+    hooks = [hooks for name, hooks in places if name.startswith("_global_") and _is_dict(hooks)]
     held = [dict(each) for each in hooks]
     for each in hooks:
         each.clear()

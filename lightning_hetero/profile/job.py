@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from lightning_hetero.profile.alone import Alone, Carriers, carrier_choices
 from lightning_hetero.profile.benches import Bench
-from lightning_hetero.profile.costs import Curve, Line
+from lightning_hetero.profile.costs import Curve
 from lightning_hetero.profile.sample import Sample
-from lightning_hetero.profile.sizes import line_through, sizes
+from lightning_hetero.profile.sizes import Lines, counts_memory, lines_through, sizes
 
 
 @dataclass
@@ -28,9 +29,10 @@ class Job:
         training: Whether to run the backward too.
         forward: Seconds of the forward by bench and rows.
         backward: Seconds of the backward likewise.
-        saved: What autograd keeps of a call; None until known.
-        temporary: What a call needs beyond it; None until known.
+        followers: Modules without parameters that come after it.
+        sizes: Bytes of a call; None until known.
         errors: What went wrong, by bench.
+        usual: What forward and backward usually take, by bench and rows, where it is known apart from the median.
     """
 
     unit: nn.Module
@@ -39,9 +41,10 @@ class Job:
     training: bool
     forward: dict[Bench, dict[int, float]] = field(default_factory=dict)
     backward: dict[Bench, dict[int, float]] = field(default_factory=dict)
-    saved: Line | None = None
-    temporary: Line | None = None
+    followers: Sequence[nn.Module] = ()
+    sizes: Lines | None = None
     errors: dict[Bench, str] = field(default_factory=dict)
+    usual: dict[tuple[Bench, int], tuple[float, float]] = field(default_factory=dict)
     _carriers: Carriers | None = None
     _constant: bool = False  # no input depends on the rows
 
@@ -57,14 +60,49 @@ class Job:
 
     def curves(self, bench: Bench) -> tuple[Curve, Curve] | None:
         """Seconds of forward and backward of one call; None if it was not measured."""
-        forward = self.forward.get(bench)
+        measured = replace(bench, steady=False)
+        forward = self.forward.get(measured)
         if not forward:
             return None
-        backward = self.backward[bench]
+        backward = self.backward[measured]
+        if bench.steady:
+            pairs = {rows: self.usual.get((measured, rows), (forward[rows], backward[rows])) for rows in forward}
+            forward, backward = ({rows: pair[at] for rows, pair in pairs.items()} for at in (0, 1))
         return rising(forward), rising(backward)
 
+    @property
+    def carriers(self) -> Carriers:
+        """Which tensors of a call hold the batch's rows; none of them before something was measured."""
+        return self._carriers or frozenset()
+
+    def on(self, bench: Bench, unit: nn.Module) -> Alone:
+        """A copy of a unit of this sort on a bench."""
+        return Alone(
+            unit,
+            self.sample,
+            seen_rows=self.seen_rows,
+            device=bench.device,
+            training=self.training,
+            followers=self.followers,
+        )
+
+    def scales_on(self, bench: Bench) -> bool:
+        """Whether it was measured there with several numbers of rows."""
+        return bool(self._carriers) and len(self.forward.get(bench, ())) > 1 and bench not in self.errors
+
+    def set(self, bench: Bench, rows: int, forward_s: Sequence[float], backward_s: Sequence[float]) -> None:
+        """Put what was found several times in the place of what is known."""
+        self.forward[bench][rows], self.backward[bench][rows] = map(statistics.median, (forward_s, backward_s))
+        usual = (sorted(seconds)[len(seconds) // 4] for seconds in (forward_s, backward_s))
+        self.usual[bench, rows] = (next(usual), next(usual))
+
+    def size_bytes(self, rows: int) -> float:
+        """Bytes of its parameters, their gradients, and what autograd keeps of a call."""
+        saved = self.sizes.saved(rows) if self.sizes is not None else 0.0
+        return saved + 2 * sum(p.numel() * p.element_size() for p in self.unit.parameters())
+
     def _measure(self, bench: Bench, counts: tuple[int, ...]) -> None:
-        alone = Alone(self.unit, self.sample, seen_rows=self.seen_rows, device=bench.device, training=self.training)
+        alone = self.on(bench, self.unit)
         if self._carriers is None:
             self._carriers = self._find_carriers(alone)
         forward, backward = self.forward.setdefault(bench, {}), self.backward.setdefault(bench, {})
@@ -89,16 +127,12 @@ class Job:
                 seconds[self.seen_rows + 1] = seconds[self.seen_rows]
 
     def _size(self, alone: Alone, counts: tuple[int, ...]) -> None:
-        if self.saved is not None:
+        if self.sizes is not None and (self.sizes.counted or not counts_memory(alone.device)):
             return
         carriers = self._carriers or frozenset()
         with suppress(Exception):  # the next bench is asked, in the end the outputs' sizes stand in
             found = {rows: sizes(alone, alone.inputs(rows, carriers)) for rows in {min(counts), max(counts)}}
-            saved, temporary = ({rows: pair[at] for rows, pair in found.items()} for at in (0, 1))
-            if self._constant:
-                self.saved, self.temporary = (Line(float(max(each.values()))) for each in (saved, temporary))
-            else:
-                self.saved, self.temporary = line_through(saved), line_through(temporary)
+            self.sizes = lines_through(found, constant=self._constant)
 
     def _find_carriers(self, alone: Alone) -> Carriers:
         """The tensors that hold the batch's rows: with two rows in them, as many come out. None of them if unclear."""

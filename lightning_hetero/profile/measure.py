@@ -1,13 +1,15 @@
-"""Measures a recorded model: each unit alone, on each device, at some numbers of rows."""
+"""Measures a recorded model: each unit alone, then among others, on each device, at some numbers of rows."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
+from lightning_hetero.devices.host_memory import keep_host_memory
 from lightning_hetero.devices.spec import Inventory
 from lightning_hetero.errors import ProfileError
 from lightning_hetero.profile.assemble import put_together
@@ -16,6 +18,7 @@ from lightning_hetero.profile.costs import ModelProfile
 from lightning_hetero.profile.isolate import undisturbed
 from lightning_hetero.profile.job import Job, first_line
 from lightning_hetero.profile.recording import Recording
+from lightning_hetero.profile.replay import replay
 
 
 def measure_model(
@@ -34,11 +37,12 @@ def measure_model(
     parameters, buffers, gradients, modes, hooks, and random numbers of all devices are as before. (Two things are not
     put back: the peaks that the allocators of accelerators count, and what user code in a unit changes outside of the
     unit.) Units that compute the same are measured once. Each number is the median of a few repetitions after a first
-    one that does not count.
+    one that does not count. Then units run again, as many together as have room in some memory, in the order of a step:
+    see `replay`. What was found so takes the place of what was found alone.
 
     Devices that the CPU plays, and devices that are not here, follow from the CPU; see `benches.bases`. The model's own
     code cannot be run apart: its forward is what the recording saw outside of units, the loss included, times what
-    the units take on a device and over what they took in the recording. Its backward is taken to be twice that if
+    the units take on a device and over what they took in the recording. Its backward is taken to be as much if
     anything is trained. Autograd is taken to keep of it as much as units hand to it: the loss and activations do, sums
     do not. Where a unit cannot run alone, does not fit on a device, or time runs out, `fill.fill` estimates, and a
     note says so.
@@ -73,16 +77,27 @@ def measure_model(
     def stop() -> bool:
         return time.monotonic() - begun_s > budget_s or (out_of_time is not None and out_of_time())
 
+    if any(device.emulated for device in inventory):
+        keep_host_memory()
     jobs = {
-        sort: Job(recording.module.get_submodule(sample.unit), sample, seen_rows, training)
+        sort: Job(
+            recording.module.get_submodule(sample.unit),
+            sample,
+            seen_rows,
+            training,
+            followers=[recording.module.get_submodule(name) for name in recording.followers.get(sample.unit, ())],
+        )
         for sort, sample in recording.samples.items()
     }
     with undisturbed(_accelerators(inventory)):
         basis_of = bases(inventory, training=training, dtype=_dtype(recording))
-        benches = tuple(dict.fromkeys(basis.bench for basis in basis_of.values()))
-        optimizer_s, notes = _optimizers(benches, _usual_size(recording)) if training else ({}, ())
-        _run(jobs, benches, row_counts(rows), stop)
-    return put_together(recording, inventory, jobs, basis_of, optimizer_s, rows, call_overhead_s, notes)
+        benches = tuple(dict.fromkeys(replace(basis.bench, steady=False) for basis in basis_of.values()))
+        optimizer_s, sum_s, notes = _optimizers(benches, _sizes(recording)) if training else ({}, {}, ())
+        counts = row_counts(rows)
+        _run(jobs, benches, counts, stop)
+        units = [(sort, recording.module.get_submodule(name)) for name, sort in recording.sort_of.items()]
+        replay(jobs, units, benches, counts, stop)
+    return put_together(recording, inventory, jobs, basis_of, optimizer_s, sum_s, rows, call_overhead_s, notes)
 
 
 def row_counts(rows: int) -> tuple[int, ...]:
@@ -102,26 +117,28 @@ def _run(
                 job.measure(bench, tuple(dict.fromkeys(some)))
 
 
-def _usual_size(recording: Recording) -> int:
-    """Elements of the parameter that a usual byte of the model is in."""
-    sizes = [parameter.numel() for parameter in recording.module.parameters()]
-    return sum(size * size for size in sizes) // max(sum(sizes), 1)
+def _sizes(recording: Recording) -> list[int]:
+    """Elements of each trained parameter."""
+    return [parameter.numel() for parameter in recording.module.parameters() if parameter.requires_grad]
 
 
-def _optimizers(benches: tuple[Bench, ...], elements: int) -> tuple[dict[Bench, float], tuple[str, ...]]:
-    """Seconds of an optimizer step for each byte of parameters of such a size, and notes on benches without one."""
-    found: dict[Bench, float] = {}
+def _optimizers(
+    benches: tuple[Bench, ...], sizes: list[int]
+) -> tuple[dict[Bench, float], dict[Bench, float], tuple[str, ...]]:
+    """Seconds of an optimizer step and of a sum of gradients, for each byte; notes on benches without an optimizer."""
+    steps: dict[Bench, float] = {}
+    sums: dict[Bench, float] = {}
     notes = []
     for bench in benches:
         try:
             with bench.use():
-                found[bench] = optimizer_s_per_byte(bench.device, elements)
+                steps[bench], sums[bench] = optimizer_s_per_byte(bench, sizes)
         except Exception as error:  # too little memory, an operator that is missing
             notes.append(
                 f"An optimizer could not be timed on {bench.torch_device} and counts as on the slowest other device: "
                 f"{first_line(error)}"
             )
-    return found, tuple(notes)
+    return steps, sums, tuple(notes)
 
 
 def _accelerators(inventory: Inventory) -> list[torch.device]:

@@ -65,6 +65,8 @@ class Recording:
         calls: The calls of units, in order; a unit that another unit calls belongs to that one.
         samples: One call of each sort of unit and input, by the sort's key.
         sort_of: The sort of each unit that was called.
+        followers: Names of the parameter-free modules that come after a unit in an `nn.Sequential`, by name of the
+            unit: they run where it runs, and what they take and keep is counted as its own.
         own_code_s: Seconds outside of units, those of the recording itself taken off. They are those of a first call.
         device: Where the parameters of the model were; "cpu" if it has none.
         shapes_only: Whether tensors had no values (meta and fake tensors).
@@ -78,6 +80,7 @@ class Recording:
         self.calls: tuple[Call, ...] = ()
         self.samples: dict[str, Sample] = {}
         self.sort_of: dict[str, str] = {}
+        self.followers: dict[str, tuple[str, ...]] = {}
         self.own_code_s = 0.0
         self.shapes_only = False
         tensor = next(module.parameters(), None)
@@ -88,6 +91,7 @@ class Recording:
         self._tracker = Tracker()
         self._handles: list[RemovableHandle] = []
         self._plain: list[list[Any]] = []
+        self._names = {id(inner): name for name, inner in module.named_modules()}
         self._now_s = self._since_s = 0.0
         self._trouble: Exception | None = None
         self._state = "new"
@@ -162,14 +166,17 @@ class Recording:
         if id(module) in units:
             if id(module) not in seen:
                 seen.add(id(module))
-                sort = sort_of_module(module)
                 name = units[id(module)]
+                followers = (self.module.get_submodule(other) for other in self.followers.get(name, ()))
+                sort = "|".join(map(sort_of_module, (module, *followers)))
                 self._hook(module, partial(self._enter_unit, name, sort), self._leave_unit)
             return True
         if id(module) in seen:
             return any(id(inner) in units for inner in module.modules())
         seen.add(id(module))
         chain = _is_chain(module)
+        if chain:
+            self._find_followers(module, units)
         found = [(child, self._hook_below(child, units, seen)) for child in module.children()]
         if not any(has_units for _, has_units in found):
             return False
@@ -182,6 +189,16 @@ class Recording:
             if not has_units:
                 self._hook(child, self._enter_plain, self._leave_plain)
         return True
+
+    def _find_followers(self, chain: nn.Module, units: dict[int, str]) -> None:
+        unit: str | None = None
+        for child in chain.children():
+            if id(child) in units:
+                unit = units[id(child)]
+            elif unit is not None and not any(id(inner) in units for inner in child.modules()):
+                self.followers[unit] = (*self.followers.get(unit, ()), self._names[id(child)])
+            else:
+                unit = None
 
     def _hook(self, module: nn.Module, before: Any, after: Any) -> None:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -217,7 +234,7 @@ class Recording:
         """Own code stops, or a call of a unit ends."""
         synchronize(self.device)
         self._now_s = time.perf_counter()
-        if not self._open:
+        if not self._open and not any(self._plain):
             self.own_code_s += self._now_s - self._since_s
 
     def _resume(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,40 +14,107 @@ from lightning_hetero.profile.costs import Line
 from lightning_hetero.profile.structure import tensors_in
 
 
-def sizes(alone: Alone, inputs: Inputs) -> tuple[int, int]:
-    """Bytes that autograd keeps of a call, and bytes that the call needs beyond them at its worst moment.
+class Sizes(NamedTuple):
+    """Bytes of one call.
 
-    Parameters, buffers and inputs are left out of the first, and every storage counts once. The second is read from
-    the allocator of the device, whose peak starts anew; where there is none to ask, on the CPU too, it is the size of
-    the outputs.
+    Attributes:
+        saved: What autograd keeps. Parameters, buffers and inputs are left out, and every storage counts once.
+        saved_output: The part of it that the unit returns.
+        saved_input: What autograd keeps of the inputs.
+        forward: What the forward needs beyond it at its worst moment, outputs included.
+        backward: What the backward needs beyond it, with the gradients that come, those that go, and those of
+            parameters.
+        counted: Whether the allocator of the device has counted the last two. On a CPU, which has none to ask, they
+            are sums of sizes.
     """
+
+    saved: float
+    saved_output: float
+    saved_input: float
+    forward: float
+    backward: float
+    counted: bool
+
+
+class Lines(NamedTuple):
+    """The same as functions of rows."""
+
+    saved: Line
+    saved_output: Line
+    saved_input: Line
+    forward: Line
+    backward: Line
+    counted: bool
+
+
+def sizes(alone: Alone, inputs: Inputs) -> Sizes:
+    """Measure a call. The peak of the device's allocator starts anew."""
     fresh = alone.fresh(inputs)
-    known = [*alone.twin.parameters(), *alone.twin.buffers(), *tensors_in((fresh.args, fresh.kwargs))]
-    not_counted = {_storage(tensor)[0] for tensor in known}
+    given = tensors_in((fresh.args, fresh.kwargs))
+    of_inputs = {_storage(tensor)[0] for tensor in given}
+    not_counted = of_inputs | {_storage(tensor)[0] for tensor in (*alone.twin.parameters(), *alone.twin.buffers())}
+    inputs_bytes = sum(tensor.nbytes for tensor in given if tensor.requires_grad)
     kept: list[Tensor] = []  # alive until counted, so that no storage takes the place of another
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+        kept.append(tensor.detach())
         return tensor
 
-    module: Any = None if alone.device.type == "cpu" else getattr(torch, alone.device.type)
-    before_bytes = _start_peak(module, alone.device)
+    before_bytes = _start_peak(alone.device)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         output = alone.forward(fresh)
-    storages = dict(map(_storage, kept))
-    saved_bytes = sum(size for key, size in storages.items() if key not in not_counted)
+    all_kept = dict(map(_storage, kept))
+    kept.clear()
+    storages = {key: size for key, size in all_kept.items() if key not in not_counted}
+    saved_input_bytes = sum(size for key, size in all_kept.items() if key in of_inputs)
     outputs = tensors_in(output)
+    saved_bytes = sum(storages.values())
+    returned = {_storage(tensor)[0] for tensor in outputs}
+    saved_output_bytes = sum(size for key, size in storages.items() if key in returned)
+    outputs_bytes = sum(tensor.nbytes for tensor in outputs)
+    roots = [tensor for tensor in outputs if tensor.requires_grad] if alone.training else []
     if before_bytes is None:
-        return saved_bytes, sum(tensor.numel() * tensor.element_size() for tensor in outputs)
-    roots = [tensor for tensor in outputs if tensor.requires_grad]
-    if roots and alone.training:
-        torch.autograd.backward(roots, [torch.ones_like(tensor) for tensor in roots])
+        gradients_bytes = sum(p.nbytes for p in alone.twin.parameters() if p.requires_grad) if roots else 0
+        moment = outputs_bytes + inputs_bytes + gradients_bytes if roots else 0
+        return Sizes(saved_bytes, saved_output_bytes, saved_input_bytes, outputs_bytes, moment, counted=False)
+    forward_bytes = _peak(alone.device) - before_bytes - saved_bytes
+    backward_bytes = 0
+    if roots:
+        end: Any = _End.apply(*roots)  # type: ignore[no-untyped-call]
+        del output, outputs, roots  # whoever took them counts them, or nobody has them any more
+        _start_peak(alone.device)
+        end.backward()
+        backward_bytes = _peak(alone.device) - before_bytes - saved_bytes
         alone.twin.zero_grad(set_to_none=True)
-    peak_bytes = int(module.max_memory_allocated(alone.device))
-    return saved_bytes, max(0, peak_bytes - before_bytes - saved_bytes)
+    moments = (max(0, forward_bytes), max(0, backward_bytes))
+    return Sizes(saved_bytes, saved_output_bytes, saved_input_bytes, *moments, counted=True)
 
 
-def line_through(sizes_bytes: dict[int, int]) -> Line:
+class _End(torch.autograd.Function):
+    """Takes outputs without keeping them. The gradients that it gives belong to autograd, as in a larger graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in outputs]
+        return torch.zeros((), device="cpu")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+def lines_through(found: Mapping[int, Sizes], *, constant: bool) -> Lines:
+    """The lines through sizes at one or two numbers of rows; level ones if nothing depends on the rows."""
+
+    def line(at: int) -> Line:
+        column = {rows: float(each[at]) for rows, each in found.items()}
+        return Line(max(column.values())) if constant else line_through(column)
+
+    counted = all(each.counted for each in found.values())
+    return Lines(line(0), line(1), line(2), line(3), line(4), counted)
+
+
+def line_through(sizes_bytes: Mapping[int, float]) -> Line:
     """The line through bytes at one or two numbers of rows, nowhere negative and never falling."""
     (low, low_bytes), (high, high_bytes) = min(sizes_bytes.items()), max(sizes_bytes.items())
     if low == high:
@@ -56,12 +124,26 @@ def line_through(sizes_bytes: dict[int, int]) -> Line:
     return Line(fixed, per_row) if fixed >= 0 else Line(0.0, high_bytes / high)
 
 
-def _start_peak(module: Any, device: torch.device) -> int | None:
+def counts_memory(device: torch.device) -> bool:
+    """Whether torch can say how much memory of a device was in use at most."""
+    module = _module(device)
+    return all(hasattr(module, name) for name in ("reset_peak_memory_stats", "max_memory_allocated"))
+
+
+def _module(device: torch.device) -> Any:
+    return None if device.type == "cpu" else getattr(torch, device.type, None)
+
+
+def _start_peak(device: torch.device) -> int | None:
     """Bytes in use, from which the device's peak is counted now; None if it does not count."""
-    if not all(hasattr(module, name) for name in ("reset_peak_memory_stats", "max_memory_allocated")):
+    if not counts_memory(device):
         return None
-    module.reset_peak_memory_stats(device)
-    return int(module.memory_allocated(device))
+    _module(device).reset_peak_memory_stats(device)
+    return int(_module(device).memory_allocated(device))
+
+
+def _peak(device: torch.device) -> int:
+    return int(_module(device).max_memory_allocated(device))
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from lightning_hetero.simulate.cost import StageCost
 from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.memory import MemoryCurve, memory_curves, peak_alive
 from lightning_hetero.simulate.predict import Prediction, predict
+from lightning_hetero.simulate.recalibrate import recalibrated
 from lightning_hetero.simulate.step import simulate
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "memory_curves",
     "peak_alive",
     "predict",
+    "recalibrated",
     "simulate",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ DEFAULT_LATENCY_S = 20e-6
 
 
 class Flow(NamedTuple):
-    """A flow of the profile, by indices; -1 stands for own code, and for no common module."""
+    """A flow of the profile, by indices; -1 stands for own code, and for no module or unit."""
 
     source: int
     target: int
@@ -26,6 +27,7 @@ class Flow(NamedTuple):
     chained: bool
     has_gradient: bool
     around: int
+    taken_before: int = -1
 
 
 class Path(NamedTuple):
@@ -104,7 +106,8 @@ class Costs:
         self.kept = tuple(u.saved_bytes.scaled(u.calls) + line for u, line in zip(self.units, self.inputs, strict=True))
         self.paths = tuple(tuple(_path(inventory, a, b) for b in inventory) for a in inventory)
         self._seconds: dict[int, Seconds] = {}
-        self._optimizer = self._optimizer_rates()
+        self._optimizer = self._rates(profile.optimizer_s_per_byte)
+        self._sums = self._rates(profile.gradient_sum_s_per_byte)
 
     def seconds(self, rows: int) -> Seconds:
         """Seconds of all units for a number of rows."""
@@ -126,6 +129,14 @@ class Costs:
     def optimizer_s(self, device: int, trained_bytes: int) -> float:
         """Seconds of the optimizer step on a device."""
         return trained_bytes * self._optimizer[device]
+
+    def gradient_sum_s(self, device: int, trained_bytes: int) -> float:
+        """Seconds of adding the gradients of one micro-batch to those of others."""
+        return trained_bytes * self._sums[device]
+
+    def copied_bytes(self, unit: str) -> int:
+        """What a replica of a unit keeps on its device: parameters, gradients and buffers."""
+        return unit_need(self.graph[unit], self.training, 0.0).total_bytes
 
     def missing(self, unit: int, device: int) -> ProfileError:
         """The error that seconds of a unit on a device are not in the profile."""
@@ -168,6 +179,7 @@ class Costs:
                     flow.chained and source >= 0 and target >= 0,
                     flow.has_gradient and self.training,
                     self._prefix_of[prefix] if prefix else -1,
+                    self.index_of.get(flow.taken_before_by or "", -1),
                 )
             )
         return found
@@ -180,8 +192,7 @@ class Costs:
                 inputs[flow.target] += flow.size_bytes
         return tuple(inputs)
 
-    def _optimizer_rates(self) -> tuple[float, ...]:
-        rates = self.profile.optimizer_s_per_byte
+    def _rates(self, rates: Mapping[str, float]) -> tuple[float, ...]:
         slowest = max(rates.values(), default=0.0)  # of a device that was not measured
         return tuple(rates.get(device, slowest) for device in self.devices)
 

@@ -72,14 +72,22 @@ def predict(costs: Costs, device_of: Mapping[str, str], execution: Execution) ->
     execution = _as_run(costs, way, execution)
     rows = split_rows(costs.profile.rows, execution.micro_batches)
     overhead_s = 0.0 if execution.schedule == WHOLE else costs.profile.call_overhead_s
-    priced = {count: price(costs, way, count, overhead_s) for count in dict.fromkeys(rows)}
+    sums = 1 - 1 / len(rows)  # a micro-batch in the middle stands for all of them
+    priced = {count: price(costs, way, count, overhead_s, sums) for count in dict.fromkeys(rows)}
     prices = [priced[count] for count in rows]
     if execution.schedule in (WHOLE, FORWARD):
         slots, end_s = run_step(costs, prices, execution, len(way.devices))
     else:
         slots, end_s = run_steps_schedule(costs, prices, execution)
-    end_s = _optimize(costs, way, slots, end_s)
+    end_s = add_optimizer(costs, way, slots, end_s)
     memory = peak_bytes(costs, way, device_of, execution, rows)
+    return as_prediction(costs, prices, slots, end_s, memory)
+
+
+def as_prediction(
+    costs: Costs, prices: Sequence[Price], slots: list[Slot], end_s: float, memory: Mapping[int, int]
+) -> Prediction:
+    """What slots, prices of micro-batches and peak memory by index of the device say together."""
     forecast = _forecast(costs, prices, slots, end_s, memory)
     return Prediction(
         forecast=forecast,
@@ -100,7 +108,7 @@ def _as_run(costs: Costs, way: Route, execution: Execution) -> Execution:
     return execution
 
 
-def _optimize(costs: Costs, way: Route, slots: list[Slot], now_s: float) -> float:
+def add_optimizer(costs: Costs, way: Route, slots: list[Slot], now_s: float) -> float:
     """Add the optimizer's steps; when the last one ends."""
     for device, size_bytes in trained_bytes(costs, way).items():
         seconds = costs.optimizer_s(device, size_bytes)

@@ -48,7 +48,7 @@ class Price(NamedTuple):
     own_backward_s: float
 
 
-def price(costs: Costs, route: Route, rows: int, overhead_s: float) -> Price:
+def price(costs: Costs, route: Route, rows: int, overhead_s: float, sums: float = 0.0) -> Price:
     """Price a route.
 
     Args:
@@ -56,6 +56,7 @@ def price(costs: Costs, route: Route, rows: int, overhead_s: float) -> Price:
         route: The stages.
         rows: Rows of the micro-batch.
         overhead_s: What the runtime adds to each call, forward and backward together.
+        sums: How often its gradients are added to those of others: for all micro-batches but the first, once.
 
     Raises:
         ProfileError: The profile knows no seconds of a unit on its device.
@@ -86,6 +87,7 @@ def price(costs: Costs, route: Route, rows: int, overhead_s: float) -> Price:
             lost = [math.isnan(f + b) for f, b in both]
             raise costs.missing(lost.index(True, first), device)
         added_s = overhead_s * calls / halves
+        sums_s = sums * costs.gradient_sum_s(device, sum(costs.trained_bytes[first:stop])) if sums else 0.0
         stages.append(
             StagePrice(
                 device,
@@ -93,7 +95,7 @@ def price(costs: Costs, route: Route, rows: int, overhead_s: float) -> Price:
                 forward_s + added_s,
                 forward_out[index],
                 backward_in[index],
-                backward_s + added_s if costs.training else 0.0,
+                backward_s + added_s + sums_s if costs.training else 0.0,
                 backward_out[index],
             )
         )

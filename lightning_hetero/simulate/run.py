@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from lightning_hetero.plan.forecast import Execution
 from lightning_hetero.schedule import TRANSFER, Op, get_schedule
@@ -11,23 +10,13 @@ from lightning_hetero.simulate.cost import StageCost
 from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.lanes import Task, run_lanes
 from lightning_hetero.simulate.price import Price, stage_costs
-from lightning_hetero.simulate.step import simulate
+from lightning_hetero.simulate.step import Slot as Slot
+from lightning_hetero.simulate.step import simulate_slots
 
 OWN = "own"
 """The op of the model's own code, and of the loss."""
 OPTIMIZER = "optimizer"
 """The op of the optimizer's step."""
-
-
-class Slot(NamedTuple):
-    """A `Span` that nobody has checked: predictions are made by the thousand, and timelines looked at one by one."""
-
-    device: str
-    op: str
-    start_s: float
-    duration_s: float
-    stage: int | None
-    micro_batch: int | None
 
 
 def run_step(costs: Costs, prices: Sequence[Price], execution: Execution, used: int) -> tuple[list[Slot], float]:
@@ -65,7 +54,7 @@ def run_steps_schedule(costs: Costs, prices: Sequence[Price], execution: Executi
     schedule = get_schedule(execution.schedule)
     chains = {id(price): _with_own_code(costs, price) for price in prices}
     ops: tuple[Op, ...] | None = None if costs.training else ("F",)
-    timeline = simulate(
+    slots = simulate_slots(
         chains[id(prices[0])],
         schedule,
         len(prices),
@@ -73,8 +62,7 @@ def run_steps_schedule(costs: Costs, prices: Sequence[Price], execution: Executi
         overlap=False,
         costs_of=lambda micro_batch: chains[id(prices[micro_batch])],
     )
-    slots = [Slot(s.device, s.op, s.start_s, s.duration_s, s.stage, s.micro_batch) for s in timeline.spans]
-    return slots, timeline.end_s
+    return slots, max(slot.start_s + slot.duration_s for slot in slots)
 
 
 def _forward(price: Price) -> Iterator[Task]:

@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from itertools import count
+from typing import NamedTuple
 
-from lightning_hetero.schedule import TRANSFER, Action, Op, Pipeline, Schedule, Span, Timeline, WorkQueue
+from lightning_hetero.schedule import TRANSFER, Action, Op, Pipeline, Schedule, Span, Timeline, WorkQueue, bounds
 from lightning_hetero.simulate.cost import StageCost
+
+
+class Slot(NamedTuple):
+    """A `Span` that nobody has checked: predictions are made by the thousand, and timelines looked at one by one."""
+
+    device: str
+    op: str
+    start_s: float
+    duration_s: float
+    stage: int | None
+    micro_batch: int | None
 
 
 def simulate(
@@ -45,6 +57,25 @@ def simulate(
         cuda:1  ···F0─B0────F1─B1────F2─B2────······   75 %
         12 s, bubble 25 %
     """
+    slots = simulate_slots(stages, schedule, micro_batches, ops=ops, overlap=overlap, costs_of=costs_of)
+    spans = (
+        Span(device=s.device, op=s.op, start_s=s.start_s, duration_s=s.duration_s, stage=s.stage,
+             micro_batch=s.micro_batch)
+        for s in slots
+    )  # fmt: skip
+    return Timeline(tuple(spans), tuple(dict.fromkeys(stage.device for stage in stages)))
+
+
+def simulate_slots(
+    stages: Sequence[StageCost],
+    schedule: Schedule,
+    micro_batches: int,
+    *,
+    ops: tuple[Op, ...] | None = None,
+    overlap: bool = True,
+    costs_of: Callable[[int], Sequence[StageCost]] | None = None,
+) -> list[Slot]:
+    """What `simulate` puts into its timeline, in the order in which it begins."""
     usual: tuple[Op, ...] = ("F", "I", "W") if schedule.splits_backward else ("F", "B")
     return _Step(stages, schedule, micro_batches, ops or usual, overlap, costs_of).run()
 
@@ -67,16 +98,18 @@ class _Step:
         self.names = tuple(dict.fromkeys(stage.device for stage in stages))
         device_of = tuple(self.names.index(stage.device) for stage in stages)
         self.pipeline = Pipeline(device_of=device_of, micro_batches=micro_batches, ops=ops)
-        self.queues = [WorkQueue(schedule, self.pipeline) for _ in self.names]
+        most = bounds(schedule, self.pipeline)
+        self.queues = [WorkQueue(schedule, self.pipeline, most) for _ in self.names]
         self.idle = {*range(len(self.names))}
+        self.stirred: set[int] = set()  # devices for which something changed since they were asked; others have no news
         self.link_free_s: dict[tuple[int, int], float] = {}
         self.events: list[tuple[float, int, bool, Action]] = []  # time, running number, whether the action is over
         self.numbers = count()  # events at the same time come in the order in which they were foreseen
-        self.spans: list[Span] = []
+        self.slots: list[Slot] = []
 
-    def run(self) -> Timeline:
+    def run(self) -> list[Slot]:
         for action in self.pipeline.starts():
-            self._queue(action).add(action)
+            self._add(action)
         self._start_work(0.0)
         while self.events:
             now_s = self.events[0][0]
@@ -86,12 +119,12 @@ class _Step:
                 if over:
                     self._finish(action, now_s)
                 else:
-                    self._queue(action).add(action)
+                    self._add(action)
             self._start_work(now_s)
-        return Timeline(tuple(self.spans), self.names)
+        return self.slots
 
     def _start_work(self, now_s: float) -> None:
-        for device in sorted(self.idle):
+        for device in sorted(self.idle & self.stirred):
             action = self.queues[device].take()
             if action is not None:
                 self.idle.remove(device)
@@ -99,14 +132,16 @@ class _Step:
                 seconds = self.costs_of(action.micro_batch)[action.stage].seconds(action.op)
                 self._record(action, action.op, start_s, seconds)
                 self._foresee(start_s + seconds, action, over=True)
+        self.stirred.clear()
 
     def _finish(self, action: Action, now_s: float) -> None:
         device = self.pipeline.device_of[action.stage]
         self.idle.add(device)
+        self.stirred.add(device)
         for later in self.pipeline.unlocks(action):
             receiver = self.pipeline.device_of[later.stage]
             if receiver == device or not self.overlap:
-                self._queue(later).add(later)
+                self._add(later)
                 continue
             start_s = max(now_s, self.link_free_s.get((device, receiver), 0.0))
             end_s = self._transfer(later, start_s)
@@ -126,20 +161,14 @@ class _Step:
             self._record(action, TRANSFER, start_s, seconds)
         return start_s + seconds
 
-    def _queue(self, action: Action) -> WorkQueue:
-        return self.queues[self.pipeline.device_of[action.stage]]
+    def _add(self, action: Action) -> None:
+        device = self.pipeline.device_of[action.stage]
+        self.queues[device].add(action)
+        self.stirred.add(device)
 
     def _foresee(self, time_s: float, action: Action, *, over: bool) -> None:
         heappush(self.events, (time_s, next(self.numbers), over, action))
 
     def _record(self, action: Action, op: str, start_s: float, duration_s: float) -> None:
-        self.spans.append(
-            Span(
-                device=self.stages[action.stage].device,
-                op=op,
-                start_s=start_s,
-                duration_s=duration_s,
-                stage=action.stage,
-                micro_batch=action.micro_batch,
-            )
-        )
+        device = self.stages[action.stage].device
+        self.slots.append(Slot(device, op, start_s, duration_s, action.stage, action.micro_batch))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
+from lightning_hetero.devices.host_memory import keep_host_memory
 from lightning_hetero.errors import UsageError
 from lightning_hetero.testing.backend import NAME, Backend, DeviceStats
 
@@ -123,6 +124,8 @@ _installed: EmulatedAccelerator | None = None
 def install_accelerator(kind: Literal["auto", "cpp", "python"] = "auto") -> EmulatedAccelerator:
     """Add the emulated accelerator to this process, for as long as it lives.
 
+    From then on the process keeps the host memory that it frees, as the allocators of accelerators do.
+
     The environment variable LIGHTNING_HETERO_EMULATED_DEVICES says how many devices there are (2 if it is
     unset). It is read at the first call; later calls return the same object. Call it before the first
     backward pass on another accelerator, such as CUDA, because autograd counts the devices then.
@@ -143,6 +146,7 @@ def install_accelerator(kind: Literal["auto", "cpp", "python"] = "auto") -> Emul
         raise ValueError(f"kind must be 'auto', 'cpp' or 'python', got {kind!r}")
     if _installed is None:
         _installed = _install(kind, _device_count())
+        keep_host_memory()
     elif kind not in ("auto", _installed.kind):
         raise UsageError(
             f"the emulated accelerator of this process is of kind {_installed.kind!r} already, and torch knows "
