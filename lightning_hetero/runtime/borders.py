@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.runtime import frames
+from lightning_hetero.runtime.containers import write_back
 from lightning_hetero.runtime.frames import Frame
 from lightning_hetero.runtime.hooks import Hook
 from lightning_hetero.runtime.transfer import map_tensors, move, to_device
@@ -42,8 +43,9 @@ class EnterBlock(Hook):
                 frame.moved.append((tensor, copy, copy._version))
             return copies[id(tensor)]
 
-        new_args = map_tensors(args, visit, self.device)
-        new_kwargs = map_tensors(kwargs, visit, self.device)
+        new_args = map_tensors(args, visit, self.device, frame.copied)
+        new_kwargs = map_tensors(kwargs, visit, self.device, frame.copied)
+        frame.copied = [entry for entry in frame.copied if entry.given is not kwargs]
         frames.push(frame)
         return None if new_args is args and new_kwargs is kwargs else (new_args, new_kwargs)
 
@@ -60,6 +62,8 @@ class LeaveBlock(Hook):
         if frame is None:
             return None
         _write_back(frame)
+        if frame.copied:
+            write_back(frame.copied, lambda value: move(value, self.root))
         given_of = {id(copy): given for given, copy, _ in frame.moved}
         around = frames.top()
         if around is not None and around.chain:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_hetero.runtime.containers import Copied
+
 
 @dataclass(slots=True)
 class Frame:
@@ -20,18 +22,21 @@ class Frame:
         device: Where its code computes.
         chain: Whether its code only hands one child's output to the next child.
         moved: (given, copy on `device`, version of the copy) for every input that had to move.
+        copied: The containers among its inputs that were copied for that.
     """
 
     owner: int
     device: torch.device
     chain: bool = False
     moved: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    copied: list[Copied] = field(default_factory=list)
 
 
 class _Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.arranged = False
+        self.keeps_activations = False
         self.micro_batch = 0
 
 
@@ -106,6 +111,21 @@ def random_numbers_arranged() -> Iterator[None]:
 def are_random_numbers_arranged() -> bool:
     """Whether this thread is within `random_numbers_arranged`."""
     return _LOCAL.arranged
+
+
+@contextmanager
+def activations_kept() -> Iterator[None]:
+    """Within the block, nothing is left out of what autograd keeps: a few rows are tried out, and no step runs."""
+    before, _LOCAL.keeps_activations = _LOCAL.keeps_activations, True
+    try:
+        yield
+    finally:
+        _LOCAL.keeps_activations = before
+
+
+def are_activations_kept() -> bool:
+    """Whether this thread is within `activations_kept`."""
+    return _LOCAL.keeps_activations
 
 
 def begin_micro_batch(index: int) -> None:

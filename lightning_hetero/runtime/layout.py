@@ -13,11 +13,24 @@ from lightning_hetero.graph.find import is_metric, is_placed_elsewhere
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A module with everything below it on one device, while the module above it is split (or is the root)."""
+    """A module with everything below it on one device, while the module above it is split (or is the root).
+
+    Attributes:
+        name: Name of the module.
+        module: The module.
+        device: The device of its parameters.
+        shares: Devices of all its replicas, with how much each of them gets, its own first; none if there are none.
+    """
 
     name: str
     module: nn.Module
     device: DeviceSpec
+    shares: tuple[tuple[DeviceSpec, float], ...] = ()
+
+    @property
+    def devices(self) -> tuple[DeviceSpec, ...]:
+        """Where it runs, its own device first."""
+        return tuple(device for device, _ in self.shares) or (self.device,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,13 @@ class Layout:
     placed_elsewhere: tuple[nn.Module, ...]
 
 
-def lay_out(root: nn.Module, device_of: Mapping[str, DeviceSpec]) -> Layout:
+Shares = tuple[tuple[DeviceSpec, float], ...]
+_Place = tuple[DeviceSpec, Shares]
+
+
+def lay_out(
+    root: nn.Module, device_of: Mapping[str, DeviceSpec], shares_of: Mapping[str, Shares] | None = None
+) -> Layout:
     """Find the largest modules that lie on one device.
 
     A block is as large as possible, because code in the middle of a block may look for the device of its own
@@ -49,8 +68,10 @@ def lay_out(root: nn.Module, device_of: Mapping[str, DeviceSpec]) -> Layout:
         root: The module that was planned. It counts as split even if all its units share a device: its code is
             the user's step.
         device_of: The device of each unit, by name below `root`.
+        shares_of: The replicas of units that have some.
     """
-    units = {id(root.get_submodule(name)): device for name, device in device_of.items()}
+    shares_of = shares_of or {}
+    units = {id(root.get_submodule(name)): (device, shares_of.get(name, ())) for name, device in device_of.items()}
     blocks: list[Block] = []
     splits: list[Split] = []
     metrics: list[nn.Module] = []
@@ -67,12 +88,13 @@ def lay_out(root: nn.Module, device_of: Mapping[str, DeviceSpec]) -> Layout:
         if is_placed_elsewhere(module) and module is not root:
             elsewhere.append(module)
             return
-        devices = set(_devices(module, units))
-        if module is not root and len(devices) == 1 and not any(map(_is_apart, module.modules())):
+        places = set(_places(module, units))
+        if module is not root and len(places) == 1 and _is_called(module) and not any(map(_is_apart, module.modules())):
             visited.update(map(id, module.modules()))
-            blocks.append(Block(name, module, devices.pop()))
+            device, shares = places.pop()
+            blocks.append(Block(name, module, device, shares))
             return
-        if devices or module is root:
+        if places or module is root:
             splits.append(Split(name, module, is_chain(module)))
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child)
@@ -90,14 +112,19 @@ def is_chain(module: nn.Module) -> bool:
     )
 
 
+def _is_called(module: nn.Module) -> bool:
+    """Whether the module has a `forward`: ModuleList and ModuleDict are containers, of which only parts are called."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in module.__dict__
+
+
 def _is_apart(module: nn.Module) -> bool:
     return is_metric(module) or is_placed_elsewhere(module)
 
 
-def _devices(module: nn.Module, units: Mapping[int, DeviceSpec]) -> Iterator[DeviceSpec]:
-    """Devices of the units at or below the module, looking no further than each unit."""
+def _places(module: nn.Module, units: Mapping[int, _Place]) -> Iterator[_Place]:
+    """Places of the units at or below the module, looking no further than each unit."""
     if id(module) in units:
         yield units[id(module)]
         return
     for child in module.children():
-        yield from _devices(child, units)
+        yield from _places(child, units)

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_hetero.errors import UsageError
+from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.plan.plan import Plan
 from lightning_hetero.runtime import frames
+from lightning_hetero.runtime.activation_checkpointing import Checkpointed, checkpoint_blocks
 from lightning_hetero.runtime.borders import EnterBlock, EnterSplit, LeaveBlock, LeaveSplit
 from lightning_hetero.runtime.emulate import METER, EnterEmulated, LeaveEmulated, Pace, paces
 from lightning_hetero.runtime.engine.engine import Engine
 from lightning_hetero.runtime.engine.record import Recorder, Recording
+from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.guard import guard, release
 from lightning_hetero.runtime.hooks import add_hooks
-from lightning_hetero.runtime.layout import Layout, lay_out
+from lightning_hetero.runtime.layout import Block, Layout, lay_out
 from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.runtime.relocate import Replaced, relocate
 
@@ -33,6 +35,7 @@ class Pipelining:
         defers_batch_norm: Whether micro-batches are normalised by their own mean and variance.
         hang_timeout_s: Seconds after which a call that has not ended is given up.
         once_per_batch: Names of methods of the model that must not be called for a part of a batch.
+        weights: Shares of the rows that micro-batches get, in proportion to each other; none: all the same.
         around: Gives values that user code may decide by, such as the epoch. Where they change, cutting is tried anew.
     """
 
@@ -41,6 +44,7 @@ class Pipelining:
     defers_batch_norm: bool = False
     hang_timeout_s: float = 600.0
     once_per_batch: Sequence[str] = ()
+    weights: Sequence[float] = ()
     around: Callable[[], Sequence[Hashable]] = tuple
 
 
@@ -74,10 +78,18 @@ class PlacedModel:
         self.spans_devices = len(plan.torch_devices) > 1
         self.replaced: Replaced = []
         inventory = plan.inventory
-        self.layout: Layout = lay_out(module, {unit: inventory[name] for unit, name in plan.device_of.items()})
+        self.layout: Layout = lay_out(
+            module,
+            {unit: inventory[name] for unit, name in plan.device_of.items()},
+            {
+                unit: tuple((inventory[share.device], share.share) for share in shares)
+                for unit, shares in plan.shares_of.items()
+            },
+        )
         self._paces = paces(plan.devices)
         self._recorder = Recorder()
         self._buffers: list[tuple[nn.Module, torch.device]] = []
+        self._checkpointed: list[Checkpointed] = []
 
     def place(self, before_hooks: Callable[[nn.Module, Layout], Layout] | None = None) -> None:
         """Move parameters, buffers and metrics, and put the hooks and guards on.
@@ -87,7 +99,9 @@ class PlacedModel:
 
         Raises:
             PlacementError: A parameter has no values (meta device).
+            UnsupportedError: The plan wants activation checkpointing of a stage with replicas.
         """
+        self._checkpointed_blocks()  # refused before anything moves
         targets = list(self._targets())
         self.replaced = relocate(targets, self.module)
         for metric in self.layout.metrics:
@@ -98,7 +112,8 @@ class PlacedModel:
         self._hook()
         if self.spans_devices:
             guard((module for module, _ in targets), self.root)
-        if self.pipelining.micro_batches > 1 and len({block.device.name for block in self.layout.blocks}) > 1:
+        places = {device.name for block in self.layout.blocks for device in block.devices}
+        if self.pipelining.micro_batches > 1 and len(places) > 1:
             self.engine = Engine(
                 self.module,
                 self.layout,
@@ -111,7 +126,9 @@ class PlacedModel:
                 once_per_batch=self.pipelining.once_per_batch,
                 around=self.pipelining.around,
                 recorder=self._recorder,
+                weights=self.pipelining.weights,
             )
+        self._checkpointed = self._checkpoint()
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -169,6 +186,8 @@ class PlacedModel:
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.close()
+        for module in self._checkpointed:
+            module.remove()
         release(self.module)
         frames.cut_to(0)
         METER.rest()
@@ -202,6 +221,27 @@ class PlacedModel:
         for module in self.module.modules():
             if id(module) not in known:
                 yield module, self.root
+
+    def _checkpointed_blocks(self) -> list[Block]:
+        units = self.plan.checkpointed
+        blocks = [b for b in self.layout.blocks if any(f"{unit}.".startswith(f"{b.name}.") for unit in units)]
+        shared = next((block for block in blocks if block.shares), None)
+        if shared is not None:
+            raise UnsupportedError(
+                f"{shared.name} has replicas, which keep their activations, so activation checkpointing on "
+                f"{shared.device.name} would not save what it promises. Leave out activation_checkpointing for "
+                f"{shared.device.name}, or the replicas; rematerialize=True works with both."
+            )
+        return blocks
+
+    def _checkpoint(self) -> list[Checkpointed]:
+        """Let blocks of the stages that the plan says keep their inputs only."""
+        blocks = self._checkpointed_blocks()
+        if not blocks:
+            return []
+        devices = [torch.device("cpu"), *(torch.device(str(block.device.torch_device)) for block in blocks)]
+        known = self.engine.generators.of if self.engine is not None else {}
+        return checkpoint_blocks(self.module, blocks, {**Generators(devices).of, **known})
 
     def _hook(self) -> None:
         for split in self.layout.splits:

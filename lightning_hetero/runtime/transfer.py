@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hetero.runtime.containers import Copied, inside, is_open
+
 Visit = Callable[[Tensor], Tensor]
 
 
@@ -36,7 +38,7 @@ def move(obj: Any, device: torch.device) -> Any:
     return map_tensors(obj, lambda tensor: to_device(tensor, device), device)
 
 
-def map_tensors(obj: Any, visit: Visit, device: torch.device) -> Any:
+def map_tensors(obj: Any, visit: Visit, device: torch.device, copied: list[Copied] | None = None) -> Any:
     """Replace the tensors inside lists, tuples, named tuples, mappings, dataclasses and objects with `.to`.
 
     Anything that holds no tensor to replace is returned as it is, by identity. Where something inside changes,
@@ -46,36 +48,56 @@ def map_tensors(obj: Any, visit: Visit, device: torch.device) -> Any:
         obj: Any structure.
         visit: Gives the replacement of a tensor; returning the tensor itself means "as it is".
         device: What objects with a `.to` method of their own are sent to.
+        copied: Where to note the lists, mappings and dataclasses that are copied; None: nowhere.
     """
     if isinstance(obj, Tensor):
         return visit(obj)
     if obj is None or isinstance(obj, (str, bytes, int, float, bool, complex, torch.nn.Module)):
         return obj
     if isinstance(obj, dict):
-        return _map_dict(obj, visit, device)
+        return _noted(obj, _map_dict(obj, visit, device, copied), copied)
     if isinstance(obj, (list, tuple)) and not hasattr(obj, "to"):
-        return _map_sequence(obj, visit, device)
+        return _noted(obj, _map_sequence(obj, visit, device, copied), copied)
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return _map_dataclass(obj, visit, device)
+        return _noted(obj, _map_dataclass(obj, visit, device, copied), copied)
     if callable(getattr(obj, "to", None)) and not isinstance(obj, type):
         # PackedSequence, graph batches, BatchEncoding: they know best how to move themselves.
         return obj if getattr(obj, "device", None) == device else obj.to(device)
     return obj
 
 
-def _map_dict(obj: dict[Any, Any], visit: Visit, device: torch.device) -> dict[Any, Any]:
-    new = {key: map_tensors(value, visit, device) for key, value in obj.items()}
+def _noted(obj: Any, new: Any, copied: list[Copied] | None) -> Any:
+    if copied is not None and new is not obj and is_open(obj):
+        copied.append(Copied(obj, new, *inside(new), inside(obj)[1]))
+    return new
+
+
+def _map_dict(obj: dict[Any, Any], visit: Visit, device: torch.device, copied: list[Copied] | None) -> Any:
+    new = {key: map_tensors(value, visit, device, copied) for key, value in obj.items()}
     if all(new[key] is value for key, value in obj.items()):
         return obj
+    return with_values(obj, new)
+
+
+def with_values(like: Any, values: dict[Any, Any]) -> Any:
+    """A mapping of the same class with other values, under its keys and in attributes that hold the same."""
+    if type(like) is dict:
+        return values
     # A shallow copy keeps subclasses whole (OrderedDict, ModelOutput, defaultdict and its factory).
-    result = copy.copy(obj)
-    for key, value in new.items():
+    result = copy.copy(like)
+    for key, value in values.items():
         result[key] = value
+    own = getattr(result, "__dict__", None)
+    if own:
+        new_of = {id(old): values[key] for key, old in dict.items(like) if key in values}
+        for name, old in list(own.items()):
+            if id(old) in new_of:
+                own[name] = new_of[id(old)]
     return result
 
 
-def _map_sequence(obj: Any, visit: Visit, device: torch.device) -> Any:
-    new = [map_tensors(item, visit, device) for item in obj]
+def _map_sequence(obj: Any, visit: Visit, device: torch.device, copied: list[Copied] | None) -> Any:
+    new = [map_tensors(item, visit, device, copied) for item in obj]
     if all(after is before for after, before in zip(new, obj, strict=True)):
         return obj
     if hasattr(obj, "_fields"):
@@ -83,11 +105,11 @@ def _map_sequence(obj: Any, visit: Visit, device: torch.device) -> Any:
     return type(obj)(new)
 
 
-def _map_dataclass(obj: Any, visit: Visit, device: torch.device) -> Any:
+def _map_dataclass(obj: Any, visit: Visit, device: torch.device, copied: list[Copied] | None) -> Any:
     changed = {}
     for field in dataclasses.fields(obj):
         before = getattr(obj, field.name, None)
-        after = map_tensors(before, visit, device)
+        after = map_tensors(before, visit, device, copied)
         if after is not before:
             changed[field.name] = after
     if not changed:

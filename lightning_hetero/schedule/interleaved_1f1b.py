@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 from lightning_hetero.schedule.action import Action
@@ -30,39 +31,33 @@ class Interleaved1F1B(OneFOneB):
 
     def priority(self, action: Action, pipeline: Pipeline) -> int:
         """Round after round: forwards from the device's first stage to its last, backwards from last to first."""
-        lap, laps = _lap(action.stage, pipeline)
-        size = _round(pipeline)
+        lap, laps, size, warm_up = _place(action.stage, pipeline.device_of, pipeline.micro_batches)
         start = action.micro_batch // size * size
         here = min(size, pipeline.micro_batches - start)  # the last round may be smaller
         turn = lap if action.op == "F" else laps - 1 - lap
         index = start * laps + turn * here + action.micro_batch - start
-        return alternating(action.op, index, _warm_up(action.stage, pipeline))
+        return alternating(action.op, index, warm_up)
 
     def in_flight(self, stage: int, pipeline: Pipeline) -> int:
         """The forwards of the stage up to its first backward, and the spare ones."""
-        lap, laps = _lap(stage, pipeline)
-        size = _round(pipeline)
+        lap, laps, size, warm_up = _place(stage, pipeline.device_of, pipeline.micro_batches)
         # Before that, the device has warmed up, and alternated through the backwards of its later stages.
-        rounds, rest = divmod(_warm_up(stage, pipeline) + 1 + (laps - 1 - lap) * size, laps * size)
+        rounds, rest = divmod(warm_up + 1 + (laps - 1 - lap) * size, laps * size)
         return rounds * size + min(max(rest - lap * size, 0), size) + self.spare
 
 
-def _lap(stage: int, pipeline: Pipeline) -> tuple[int, int]:
-    """Which of its device's stages this is, and how many the device has."""
-    device = pipeline.device_of[stage]
-    return pipeline.device_of[:stage].count(device), pipeline.device_of.count(device)
+@lru_cache(maxsize=4096)
+def _place(stage: int, device_of: tuple[int, ...], micro_batches: int) -> tuple[int, int, int, int]:
+    """Where a stage stands: the same for all of its actions, so it is remembered.
 
-
-def _round(pipeline: Pipeline) -> int:
-    """Micro-batches of a round."""
-    rounds = max(1, pipeline.micro_batches // len(pipeline.devices))
-    return -(-pipeline.micro_batches // rounds)
-
-
-def _warm_up(stage: int, pipeline: Pipeline) -> int:
-    """Forwards of the stage's device before it alternates.
-
-    They are a round through all its stages but the last, and the way to the end of the devices and back.
+    Returns:
+        Which of its device's stages this is; how many the device has; micro-batches of a round; and forwards of the
+        device before it alternates, which are a round through all its stages but the last, and the way to the end of
+        the devices and back.
     """
-    behind = len(pipeline.devices) - 1 - pipeline.devices.index(pipeline.device_of[stage])
-    return (_lap(stage, pipeline)[1] - 1) * _round(pipeline) + 2 * behind
+    device, devices = device_of[stage], tuple(dict.fromkeys(device_of))
+    lap, laps = device_of[:stage].count(device), device_of.count(device)
+    rounds = max(1, micro_batches // len(devices))
+    size = -(-micro_batches // rounds)
+    behind = len(devices) - 1 - devices.index(device)
+    return lap, laps, size, (laps - 1) * size + 2 * behind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lightning_hetero.errors import ScheduleError
 from lightning_hetero.schedule.action import Action, Op
@@ -45,7 +46,7 @@ class Pipeline:
     @property
     def devices(self) -> tuple[int, ...]:
         """The devices that own a stage, in the order in which a micro-batch first meets them."""
-        return tuple(dict.fromkeys(self.device_of))
+        return _devices(self.device_of)
 
     def __contains__(self, action: object) -> bool:
         return (
@@ -63,7 +64,8 @@ class Pipeline:
 
     def starts(self) -> Iterator[Action]:
         """The actions that need no other: those of the first stage, or of the last one if there are no forwards."""
-        return (action for action in self.actions() if not self.needs(action))
+        first = 0 if "F" in self.ops else self.stages - 1
+        return (Action(first, self.ops[0], micro_batch) for micro_batch in range(self.micro_batches))
 
     def needs(self, action: Action) -> tuple[Action, ...]:
         """The actions that must be done before this one can begin.
@@ -97,3 +99,9 @@ class Pipeline:
         if op == "I":
             later.append((stage, "W"))
         return tuple(Action(at, what, micro_batch) for at, what in later)
+
+
+@lru_cache(maxsize=256)
+def _devices(device_of: tuple[int, ...]) -> tuple[int, ...]:
+    """Remembered, because rules ask for it at every action."""
+    return tuple(dict.fromkeys(device_of))

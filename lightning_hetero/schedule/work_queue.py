@@ -26,15 +26,16 @@ class WorkQueue:
     Args:
         schedule: The rule.
         pipeline: The stages, also those of other devices.
+        held: What `bounds` says of the two, where it was asked already.
 
     Raises:
         ScheduleError: The rule would get stuck, see `bounds`.
     """
 
-    def __init__(self, schedule: Schedule, pipeline: Pipeline) -> None:
+    def __init__(self, schedule: Schedule, pipeline: Pipeline, held: tuple[int, ...] | None = None) -> None:
         self._pipeline = pipeline
         self._schedule = schedule
-        self._bounds = bounds(schedule, pipeline)
+        self._bounds = bounds(schedule, pipeline) if held is None else held
         self._loss_needs_all = schedule.all_forwards_first and "F" in pipeline.ops
         self._ready: dict[Action, int] = {}  # with their priorities
         self._skipped: set[Action] = set()
@@ -68,16 +69,19 @@ class WorkQueue:
 
     def take(self) -> Action | None:
         """The action to run now. None: nothing is there, or what is there has to wait for actions yet to come."""
-        allowed = [(place, action) for action, place in self._ready.items() if self._may_run(action)]
-        if not allowed:
+        action = min(filter(self._may_run, self._ready), key=self._turn, default=None)
+        if action is None:
             return None
-        _, action = min(allowed)
         del self._ready[action]
         self._next[action.stage, action.op] += 1
         if action.op == "F":
             self._held[action.stage].add(action.micro_batch)
         self._move_on(action)
         return action
+
+    def _turn(self, action: Action) -> tuple[int, int, str, int]:
+        """For sorting: the priority, and a fixed order of actions that have the same."""
+        return self._ready[action], action.stage, action.op, action.micro_batch
 
     def _may_run(self, action: Action) -> bool:
         stage = action.stage
@@ -90,6 +94,8 @@ class WorkQueue:
     def _move_on(self, action: Action) -> None:
         if action.op == self._pipeline.ops[-1]:
             self._held[action.stage].discard(action.micro_batch)
+        if not self._skipped:
+            return
         turn = (action.stage, action.op)
         while Action(*turn, self._next[turn]) in self._skipped:
             self._next[turn] += 1

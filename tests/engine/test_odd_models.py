@@ -101,7 +101,7 @@ class Normalised(torch.autograd.Function):
 
 
 class Kinked(torch.autograd.Function):
-    """Some rows have another gradient beside others, by a hundredth: as if an activation at a kink had fallen over it."""
+    """Some rows have another gradient beside others, by a hundredth: as if an activation fell over a kink."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kinked: Tensor) -> Tensor:

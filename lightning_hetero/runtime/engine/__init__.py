@@ -33,6 +33,7 @@ The pieces, from the bottom up::
     twin            a `self` for each micro-batch
     step            one training step in micro-batches
     stepper         all steps of a run: rehearsal, then lanes
+    replicas        a placed module on other devices: copies of parameters, twins of modules
     intercept       how calls of user code get here
     engine          all of it for one placed model
 """

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_hetero.runtime.engine.cut import CannotCutError
-from lightning_hetero.runtime.engine.tree import Tree, with_fields, with_values
+from lightning_hetero.runtime.engine.tree import Tree, with_fields
+from lightning_hetero.runtime.transfer import with_values
 
 
 @dataclass(frozen=True)

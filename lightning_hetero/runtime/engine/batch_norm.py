@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.hooks import Hook
+from lightning_hetero.runtime.transfer import to_device
 
 # Classes whose forward is known; a subclass may do anything.
 DEFERRABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -56,6 +57,10 @@ class Moments:
         values = values if values.dtype == torch.float64 else values.float()
         variance, mean = torch.var_mean(values, 1, correction=0)
         return cls(values.shape[1], mean, variance * values.shape[1])
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on another device."""
+        return Moments(self.count, to_device(self.mean, device), to_device(self.deviation, device))
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of both together (Chan et al., "Updating formulae for computing sample variances", 1979)."""
@@ -124,7 +129,7 @@ def _of_batch(calls: Mapping[int, list[Moments]]) -> Iterator[Moments]:
     for together in zip(*lanes, strict=True):
         total = together[0]
         for moments in together[1:]:
-            total = total + moments
+            total = total + moments.to(total.mean.device)
         yield total
 
 
@@ -134,4 +139,4 @@ def _update(module: Any, moments: Moments) -> None:
     factor = 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
     variance = moments.deviation / max(moments.count - 1, 1)
     for running, value in ((module.running_mean, moments.mean), (module.running_var, variance)):
-        running.mul_(1 - factor).add_(value.to(running.dtype), alpha=factor)
+        running.mul_(1 - factor).add_(to_device(value, running.device).to(running.dtype), alpha=factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from lightning_hetero.runtime.engine.leaves import OrderedSums
 from lightning_hetero.runtime.engine.silence import SILENCE
 from lightning_hetero.runtime.engine.state import ThreadState
 from lightning_hetero.schedule import Op
+from lightning_hetero.schedule.rows import deal
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.cut import Unit
@@ -26,7 +27,7 @@ class Call:
         engine: Workers, lanes, generators.
         number: Workers take tasks of calls with lower numbers first.
         name: For messages.
-        micro_batches: How many lanes.
+        rows: Rows of each micro-batch; each has a lane.
         seed: Where random numbers begin; None if none are drawn.
         checks_capture: Whether to look for tensors that come into lanes by another way than inputs.
 
@@ -36,7 +37,7 @@ class Call:
     """
 
     def __init__(
-        self, engine: Engine, *, number: int, name: str, micro_batches: int, seed: int | None, checks_capture: bool
+        self, engine: Engine, *, number: int, name: str, rows: Sequence[int], seed: int | None, checks_capture: bool
     ) -> None:
         self.engine = engine
         self.number = number
@@ -48,7 +49,9 @@ class Call:
         self.sums = OrderedSums()
         self.keeps_graph = False
         self._state = ThreadState(engine.device_types)
-        self._lanes = [Lane(self, index) for index in range(micro_batches)]
+        self._rows = rows
+        self._dealt: dict[int, Sequence[int]] = {}
+        self._lanes = [Lane(self, index) for index in range(len(rows))]
         self._crew: Crew | None = None
         self._muted: list[Tensor] = []
 
@@ -72,6 +75,20 @@ class Call:
     def place(self, op: Op, unit: Unit, lane: Lane) -> int:
         """Place of a task on its device, where the lowest goes first. Backwards do here: they free memory."""
         return 0 if op == "B" else 1
+
+    def replica(self, lane: Lane, unit: Unit) -> Unit:
+        """The replica of a unit that a lane uses; the unit itself if it has none."""
+        if not unit.replicas:
+            return unit
+        dealt = self._dealt.get(unit.number)
+        if dealt is None:
+            self._dealt[unit.number] = dealt = deal(self._rows, unit.shares if self._may_share(unit) else (1.0,))
+        index = dealt[lane.index]
+        return unit.replicas[index - 1] if index else unit
+
+    def _may_share(self, unit: Unit) -> bool:
+        """Whether several devices may take part in a unit's work in this call."""
+        return True
 
     def _start(self, work: Callable[[Lane], None], in_flight: int) -> None:
         self._crew = Crew(self.engine.pool, self._lanes, work, in_flight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ def content(value: Any, *, may_be_large: bool) -> Any:
         is_copied = is_copied and (may_be_large or value.numel() * value.element_size() <= _MOST_BYTES)
         return version(value), value.detach().clone() if is_copied else None
     if isinstance(value, CONTAINERS):
-        return copy.copy(value)
+        return _copied(value)
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, random.Random):
@@ -120,9 +120,9 @@ def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
     if isinstance(value, CONTAINERS) and (len(value) != len(kept) or (quickly and len(kept) > _LARGE)):
         return len(value) == len(kept)
     if isinstance(value, dict):
-        return value.keys() == kept.keys() and all(value[key] is kept[key] for key in kept)
+        return dict.keys(value) == kept.keys() and all(dict.__getitem__(value, key) is kept[key] for key in kept)
     if isinstance(value, (list, deque)):
-        return all(a is b for a, b in zip(value, kept, strict=True))
+        return all(a is b for a, b in zip(_kind(value).__iter__(value), kept, strict=True))
     if isinstance(value, set):
         return bool(value == kept)
     if _is_open(value):
@@ -145,12 +145,13 @@ def put_back(value: Any, kept: Any) -> None:
         _, clone = kept
         if clone is not None:
             value.detach().copy_(clone)
-    elif isinstance(value, (list, deque)):
-        value.clear()
-        value.extend(kept)
-    elif isinstance(value, (dict, set)):
-        value.clear()
-        value.update(kept)
+    elif isinstance(value, CONTAINERS):
+        kind = _kind(value)
+        kind.clear(value)
+        if kind in (list, deque):
+            kind.extend(value, kept)
+        else:
+            kind.update(value, kept)
     elif isinstance(value, torch.Generator):
         value.set_state(kept)
     elif isinstance(value, random.Random):
@@ -162,6 +163,21 @@ def put_back(value: Any, kept: Any) -> None:
         value[...] = kept
     else:
         value.bit_generator.state = kept
+
+
+def _kind(value: Any) -> Any:
+    """The class of Python that a container is of, whose methods do what they say.
+
+    Those of a class of user code may do anything: a table that makes an object whenever somebody looks one up.
+    """
+    return next(kind for kind in (OrderedDict, *CONTAINERS) if isinstance(value, kind))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: dict.__getitem__(value, key) for key in _kind(value).__iter__(value)}
+    kind = _kind(value)
+    return kind(kind.__iter__(value))
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

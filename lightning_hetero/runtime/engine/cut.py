@@ -19,9 +19,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from lightning_hetero.runtime.containers import are_unchanged, contents
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import gradients, walk
 from lightning_hetero.runtime.engine.state import ThreadState, stays_in_its_thread
@@ -51,6 +52,21 @@ class Unit(Protocol):
     draws: bool
 
     @property
+    def replicas(self) -> Sequence[Unit]:
+        """The unit on other devices."""
+
+    @property
+    def shares(self) -> Sequence[float]:
+        """How much of a batch each of its devices gets, its own first; none if it has no replicas."""
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules that it runs."""
+
+    def homes(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The parameters that leaves of the unit's graph stand for."""
+
+    @property
     def has_state(self) -> bool:
         """Whether its forward may change buffers, so that the order of micro-batches matters."""
 
@@ -64,7 +80,7 @@ class UnitCall:
     Attributes:
         unit: The unit.
         number: Index of the call in its lane.
-        leaves: The leaves that the unit's graph depends on, inputs aside.
+        leaves: The leaves that the unit's graph depends on, inputs aside; the originals of those that are copies.
         inner: Nodes of the unit's graph, where they are checked for capture; None otherwise.
     """
 
@@ -76,7 +92,8 @@ class UnitCall:
         self.number = len(lane.trace) - 1
         self._inputs: list[Tensor] | None = inputs
         self._outputs: list[Tensor] | None = outputs
-        self._edges, self.leaves, nodes = walk(outputs, known=inputs)
+        self._edges, leaves, nodes = walk(outputs, known=inputs)
+        self.leaves = unit.homes(leaves)
         self.inner: set[Node] | None = nodes if lane.call.checks_capture else None
         self._future: Future | None = None
         lane.units.append(self)
@@ -116,8 +133,8 @@ class UnitCall:
         """Gradients of the inputs."""
         if self._future is None:
             raise RuntimeError(f"{self.unit.name}: its backward was asked for before that of its outputs")
-        found: Sequence[Tensor | None] = self._future.get()
-        self._future = None
+        future, self._future = self._future, None  # an error in it holds frames, and they this graph
+        found: Sequence[Tensor | None] = future.get()
         return found
 
     def _backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
@@ -190,6 +207,7 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
     call.check()
     if stays_in_its_thread() is not None:
         return unit.run(*args, **kwargs)
+    unit = call.replica(lane, unit)
     state = ThreadState(call.device_types)
     given = Tree((args, kwargs) if kwargs else args)
     records = state.records
@@ -206,6 +224,7 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
     passed, named = given.build(tensors) if kwargs else (given.build(tensors), kwargs)
     number = len(lane.trace)
     lane.trace.append(unit.number)
+    containers = contents((passed, *named.values())) if given.has_containers else []
 
     def work() -> Any:
         call.check()
@@ -218,6 +237,8 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
         output = future.get()
     if versions != [version_of(tensor) for tensor in given.tensors]:
         raise CannotCutError(f"{unit.name} changes its input in place")
+    if containers and not are_unchanged(containers):
+        raise CannotCutError(f"{unit.name} writes into a container that it is given")
     return _attach(lane, unit, output, given.tensors, tensors, lane_inputs, inputs) if records else output
 
 

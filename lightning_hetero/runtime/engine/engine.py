@@ -7,7 +7,9 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
+from time import monotonic
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from lightning_hetero.runtime.emulate import Pace
 from lightning_hetero.runtime.engine import faults
 from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
-from lightning_hetero.runtime.engine.intercept import ChainUnit, ModuleUnit, Region
+from lightning_hetero.runtime.engine.intercept import BlockRegion, ChainUnit, ModuleUnit, Region
 from lightning_hetero.runtime.engine.lanes import LanePool
 from lightning_hetero.runtime.engine.record import Recorder
 from lightning_hetero.runtime.engine.refused import methods_refused
 from lightning_hetero.runtime.engine.region import RegionCall, RegionTask
+from lightning_hetero.runtime.engine.replicas import Copies, Seat, why_not
 from lightning_hetero.runtime.engine.state import (
     ThreadState,
     has_global_hooks,
@@ -33,7 +36,7 @@ from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.verdict import Trial, Verdict
 from lightning_hetero.runtime.engine.watch import Watch
 from lightning_hetero.runtime.engine.worker import Worker
-from lightning_hetero.runtime.layout import Layout
+from lightning_hetero.runtime.layout import Block, Layout
 from lightning_hetero.schedule import Pipeline
 from lightning_hetero.schedule.rows import split_rows
 
@@ -44,6 +47,7 @@ _MOST_VERDICTS = 64  # that a region keeps
 _TRIALS_AT_ONCE = 32  # that a region may have before its calls have to pay for them
 _CALLS_PER_TRIAL = 8
 _DRAIN_S = 60.0
+_STUCK_S = 2.0  # for threads that did not end in time before
 
 
 class Engine:
@@ -66,6 +70,7 @@ class Engine:
         once_per_batch: Names of methods of the model that user code must not call for a part of a batch.
         around: Gives values that user code may decide by, such as the epoch.
         recorder: Where workers note what they did; None notes nothing.
+        weights: Shares of the rows that micro-batches get; none: all the same.
 
     Attributes:
         cut_calls: How many calls of regions were cut so far.
@@ -86,10 +91,12 @@ class Engine:
         once_per_batch: Sequence[str] = (),
         around: Callable[[], Sequence[Hashable]] = tuple,
         recorder: Recorder | None = None,
+        weights: Sequence[float] = (),
     ) -> None:
         self.root = root
         self._around = around
         self.micro_batches = micro_batches
+        self.weights = tuple(weights)
         self.rematerialize = rematerialize
         self._defers_batch_norm = defers_batch_norm
         self.anchor = torch.zeros((), device="cpu", requires_grad=True)
@@ -102,20 +109,26 @@ class Engine:
         self._once_per_batch = once_per_batch
         self._numbers = itertools.count()
         self._one_call = threading.Lock()
+        self._is_stuck = False
         self._workers = self._make_workers(layout, paces, recorder or Recorder())
         names = list(self._workers)
-        stages = [list(blocks) for _, blocks in groupby(layout.blocks, key=lambda block: block.device.name)]
+        stages = [list(run) for _, run in groupby(layout.blocks, key=lambda block: (block.device.name, block.shares))]
         self._stages = tuple(names.index(blocks[0].device.name) for blocks in stages)
         self._stage_of = {id(block.module): index for index, blocks in enumerate(stages) for block in blocks}
         # As many as keep all devices at work, and one that is handed over: the bound of 1F1B.
         # One for each device, and one that waits for it: more would only wake each other.
         self.lanes_at_once = len(self._workers) + 1
+        # Those that own no stage: schedules know owners only, and a replica wants work too.
+        self.more_devices = len(self._workers) - len(set(self._stages))
         devices = [root, *(worker.torch_device for worker in self._workers.values())]
         self.generators = Generators(devices)
         self.device_types = tuple(dict.fromkeys(device.type for device in devices))
         self._pool: LanePool | None = None
         self._units: list[ModuleUnit] = []
         self._regions: list[Region] = []
+        self._seats: list[Seat] = []
+        self._copies = {worker.device: Copies(worker.torch_device) for worker in self._workers.values()}
+        self._paces = paces
         compiled = [split.name or type(split.module).__name__ for split in layout.splits if _is_compiled(split.module)]
         if compiled:
             reason = f"{compiled[0]} is not cut into micro-batches, because torch.compile has made one piece of it"
@@ -148,10 +161,13 @@ class Engine:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        ended = pool.close(_DRAIN_S)
+        patience_s = _STUCK_S if self._is_stuck else _DRAIN_S
+        ended = pool.close(patience_s)
         for worker in self._workers.values():
             worker.stop()
-            worker.join(_DRAIN_S)
+        end_s = monotonic() + patience_s
+        for worker in self._workers.values():
+            worker.join(max(0.0, end_s - monotonic()))
         if not ended or any(worker.is_alive() for worker in self._workers.values()):
             log.warning("a thread of a device is stuck and was left behind: %s", self._busy())
 
@@ -162,11 +178,14 @@ class Engine:
             HangError: They take longer than `hang_timeout_s`.
         """
         if not countdown.wait(self._hang_timeout_s):
+            self._is_stuck = True
             raise faults.hang(name, self._hang_timeout_s, self._busy())
 
     def drain(self, countdown: faults.Countdown) -> None:
         """Wait for lanes that were told to stop."""
-        if not countdown.wait(min(_DRAIN_S, self._hang_timeout_s)):
+        patience_s = _STUCK_S if self._is_stuck else min(_DRAIN_S, self._hang_timeout_s)
+        if not countdown.wait(patience_s):
+            self._is_stuck = True
             log.warning("lanes are still running after an interruption: %s", self._busy())
 
     def pipeline(self, micro_batches: int) -> Pipeline:
@@ -179,6 +198,31 @@ class Engine:
         links = (link for region in self._regions for link in region.chain or ())
         chains = (link for link in links if isinstance(link, ChainUnit))
         return {unit.name: unit.stage for unit in (*self._units, *chains)}
+
+    def split(self, rows: int) -> list[int]:
+        """Rows of each micro-batch of a batch."""
+        return split_rows(rows, self.micro_batches, self.weights)
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether some unit stands on several devices."""
+        return bool(self._seats)
+
+    def renew_replicas(self) -> None:
+        """Make all replicas as the modules are now. Lanes that run forwards are about to begin."""
+        for copies in self._copies.values():
+            seats = (seat for seat in self._seats if seat.copies is copies)
+            copies.refresh(original for seat in seats for original in seat.originals())
+        for seat in self._seats:
+            seat.renew()
+
+    def lost_by_replicas(self) -> str | None:
+        """What a replica has set in vain, in words; None if there is nothing."""
+        return next((lost for seat in self._seats if (lost := seat.lost) is not None), None)
+
+    def replicas_changed_buffers(self) -> bool:
+        """Whether a replica has changed a buffer since."""
+        return any(seat.has_changed_buffers for seat in self._seats)
 
     def next_number(self) -> int:
         """A number for a unit."""
@@ -240,8 +284,14 @@ class Engine:
             self._note(region, verdict.reason)
             return None
         rows = verdict.cut.rows(given.tensors)
-        if rows is None or rows < 2 or self.micro_batches < 2:
-            return None  # a single row, or a batch of another shape than the one that was tried
+        if rows is None:
+            return None  # a batch of another shape than the one that was tried
+        normalised = list(filter(uses_batch, region.module.modules()))
+        parts = self.split(rows)
+        if normalised and min(parts) < 2:  # a single value has no variance
+            parts = split_rows(rows, min(self.micro_batches, rows // 2))
+        if len(parts) < 2:
+            return None  # a single row, say
         if verdict.draws and not torch.is_grad_enabled():
             # The forward of a reentrant checkpoint looks like this. Its second run, in the backward, runs whole, and
             # has to draw the same numbers.
@@ -258,13 +308,14 @@ class Engine:
             forward=region.in_lane,
             whole=region.whole,
             cut=verdict.cut,
-            rows=split_rows(rows, self.micro_batches),
+            rows=parts,
             given=given,
             seed=seed,
             own_code_draws=region.own_code_draws,
-            deferred=Deferred(filter(uses_batch, region.module.modules())),
+            deferred=Deferred(normalised),
             rematerialized=trainable if self.rematerialize else None,
             traced=verdict.traced,
+            upstream=verdict.upstream,
             buffers=list(region.module.buffers()),
         )
         return RegionCall(self, task), states
@@ -278,6 +329,10 @@ class Engine:
             if call.seed is None and self.generators.drawn_since(before):
                 region.verdicts.clear()  # the next call has a new trial, which sees who draws
                 raise CannotCutError("it draws random numbers, which it did not do in its trial")
+            lost = self.lost_by_replicas()
+            if lost is not None:
+                region.verdicts.clear()
+                self.note_lost(lost)
             return result
         except CannotCutError:
             after = before
@@ -299,10 +354,13 @@ class Engine:
         )
         region.calls += 1
         verdict = region.verdicts.get(key)
-        if verdict is not None:
+        is_larger = (
+            verdict is not None and verdict.cut is not None and verdict.rows < (verdict.cut.rows(given.tensors) or 0)
+        )
+        if verdict is not None and not is_larger:  # code may have a rule for batches from some size on
             return verdict
         if region.trials >= _TRIALS_AT_ONCE + region.calls // _CALLS_PER_TRIAL:
-            return Verdict(None, "the structure of its inputs keeps changing")
+            return verdict or Verdict(None, "the structure of its inputs keeps changing")
         region.trials += 1
         watch = Watch(self.generators)
         with self.watching(watch):
@@ -330,6 +388,14 @@ class Engine:
         """Say once why a region runs whole."""
         same = "Its devices work one after the other; the results are the same."
         self.note(f"{region.name} is not cut into micro-batches, because {reason}", same)
+
+    def note_lost(self, lost: str) -> None:
+        """Say once what a replica has set in vain."""
+        self.note(
+            f"{lost} was set on a replica, which did not happen when this was tried",
+            "It is lost there: only what the device of the parameters has set is kept. Do not change modules in "
+            "forward, or leave out the replicas.",
+        )
 
     def note(self, reason: str, consequence: str) -> None:
         """Say once why something is not done, and what that means."""
@@ -374,8 +440,7 @@ class Engine:
 
     def _make_workers(self, layout: Layout, paces: Mapping[str, Pace], recorder: Recorder) -> dict[str, Worker]:
         workers: dict[str, Worker] = {}
-        for block in layout.blocks:
-            device = block.device
+        for device in (device for block in layout.blocks for device in block.devices):
             if device.name not in workers:
                 torch_device = torch.device(str(device.torch_device))
                 host = torch.get_num_threads() if torch_device.type == "cpu" else 1
@@ -384,52 +449,80 @@ class Engine:
         return workers
 
     def _intercept(self, layout: Layout) -> None:
-        workers = {id(block.module): self._workers[block.device.name] for block in layout.blocks}
-        for block in layout.blocks:
+        blocks = {id(block.module): self._shared(block) for block in layout.blocks}
+        for block in blocks.values():
             stage = self._stage_of[id(block.module)]
-            unit = ModuleUnit(self, block.name, workers[id(block.module)], stage, block.module)
+            unit = ModuleUnit(self, block.name, self._workers[block.device.name], stage, block.module)
+            self._replicate(unit, block)
             unit.install()
             self._units.append(unit)
+            if block.shares:
+                self._regions.append(BlockRegion(unit))
         for split in layout.splits:
-            used = {workers[id(part)].device for part in split.module.modules() if id(part) in workers}
+            inside = [blocks[id(part)] for part in split.module.modules() if id(part) in blocks]
+            used = {device.name for block in inside for device in block.devices}
             if len(used) > 1:
                 region = Region(self, split.name, split.module)
                 if split.chain:
-                    region.chain = self._chain(split.name, split.module, workers)
+                    region.chain = self._chain(split.name, split.module, blocks)
                 region.install()
                 self._regions.append(region)
 
-    def _chain(self, name: str, chain: nn.Module, workers: Mapping[int, Worker]) -> tuple[ChainUnit | nn.Module, ...]:
+    def _shared(self, block: Block) -> Block:
+        """The block, without replicas if its module cannot have any."""
+        reason = why_not(block.module) if block.shares else None
+        if reason is None:
+            return block
+        consequence = f"All of it runs on {block.device.name}; the results are the same."
+        self.note(f"{block.name} has no replicas, because {reason}", consequence)
+        return replace(block, shares=())
+
+    def _replicate(self, unit: ModuleUnit | ChainUnit, block: Block) -> None:
+        """Give a unit the replicas that the plan wants."""
+        seats = [
+            (
+                self._workers[device.name],
+                Seat(unit.parts, self._copies[device.name], self._paces.get(device.name, Pace())),
+            )
+            for device in block.devices[1:]
+        ]
+        if seats:
+            unit.replicate([share for _, share in block.shares], seats)
+            self._seats += [seat for _, seat in seats]
+
+    def _chain(self, name: str, chain: nn.Module, blocks: Mapping[int, Block]) -> tuple[ChainUnit | nn.Module, ...]:
         """The children of an nn.Sequential, those that follow each other on one device together.
 
         Children without parameters run where the one before them ran: that is where their input is.
         """
         links: list[ChainUnit | nn.Module] = []
-        worker: Worker | None = None
+        place: Block | None = None
         together: list[tuple[str, nn.Module]] = []
 
         def close() -> None:
-            if together and worker is not None:
+            if together and place is not None:
                 names = list(
                     dict.fromkeys(f"{name}.{key}" if name else key for key in (together[0][0], together[-1][0]))
                 )
                 children = [child for _, child in together]
                 stage = next((self._stage_of[id(child)] for child in children if id(child) in self._stage_of), 0)
-                links.append(ChainUnit(self, "…".join(names), worker, stage, children))
+                link = ChainUnit(self, "…".join(names), self._workers[place.device.name], stage, children)
+                self._replicate(link, place)
+                links.append(link)
             together.clear()
 
         for key, child in chain.named_children():
-            below = [workers[id(part)] for part in child.modules() if id(part) in workers]
-            if id(child) in workers or (not below and worker is not None):
-                target = workers.get(id(child), worker)
-                if target is not worker:
+            below = [blocks[id(part)] for part in child.modules() if id(part) in blocks]
+            if id(child) in blocks or (not below and place is not None):
+                target = blocks.get(id(child), place)
+                if target is None or place is None or (target.device, target.shares) != (place.device, place.shares):
                     close()
-                    worker = target
+                    place = target
                 together.append((key, child))
                 continue
             close()
             links.append(child)
-            worker = below[-1] if below else None
+            place = below[-1] if below else None
         close()
         return tuple(links)
 

@@ -41,6 +41,7 @@ class GradientTrial:
 
     Attributes:
         traced: Places of the outputs that have a graph in the call of user code, once `adds_up` was called.
+        upstream: Places of those of which other outputs are made, likewise.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class GradientTrial:
         self._parameters = parameters
         self._precision = precision
         self.traced: tuple[int, ...] = ()
+        self.upstream: tuple[int, ...] = ()
 
     def adds_up(self, tensors: Sequence[Tensor], cut: Cut, rows: int) -> bool:
         """Whether the gradients of the rows are the sums of those of the parts.
@@ -102,6 +104,13 @@ class GradientTrial:
             for place, output in whole.outputs
             if any(id(leaf) not in needed for leaf in walk([output])[1])
             or (output.is_leaf and id(output) not in needed)
+        )
+        graphs = [(output.grad_fn, walk([output])[2]) for _, output in whole.outputs]
+        self.upstream = tuple(
+            place
+            for place, output in whole.outputs
+            if output.grad_fn is not None
+            and any(output.grad_fn in nodes for last, nodes in graphs if last is not output.grad_fn)
         )
 
     def _distance(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -7,25 +7,26 @@ region see the whole batch, once. Copies and pickles of a module come without ei
 
 from __future__ import annotations
 
-import types
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_hetero.runtime.engine.cut import call_unit
 from lightning_hetero.runtime.engine.key import Keys
 from lightning_hetero.runtime.engine.lanes import current_lane
+from lightning_hetero.runtime.engine.replicas import Seat
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.worker import Worker
+from lightning_hetero.runtime.standin import StandIn
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
 
 _CALL = "_compiled_call_impl"
-_FORWARD = "forward"
 
 
 class _Unit:
@@ -46,6 +47,26 @@ class _Unit:
         self.worker = worker
         self.stage = stage
         self.draws = False
+        self.replicas: tuple[ReplicaUnit, ...] = ()
+        self.shares: tuple[float, ...] = ()
+
+    def replicate(self, shares: Sequence[float], seats: Sequence[tuple[Worker, Seat]]) -> None:
+        """Let other devices take part of the micro-batches.
+
+        Args:
+            shares: How much each device gets, its own first.
+            seats: The other devices.
+        """
+        self.shares = tuple(shares)
+        self.replicas = tuple(ReplicaUnit(self, worker, seat) for worker, seat in seats)
+
+    def homes(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The parameters that leaves of the unit's graph stand for."""
+        return leaves
+
+    def called(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of user code that is in no lane."""
+        return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The ordinary call, in this thread."""
@@ -68,7 +89,7 @@ class _Unit:
             return call_unit(lane, self, args, kwargs)
         trial = self.engine.trial
         if trial is None:
-            return self.run(*args, **kwargs)
+            return self.called(*args, **kwargs)
         with trial.unit(self, (args, kwargs)):
             return self.run(*args, **kwargs)
 
@@ -79,7 +100,14 @@ class ModuleUnit(_Unit):
     def __init__(self, engine: Engine, name: str, worker: Worker, stage: int, module: nn.Module) -> None:
         super().__init__(engine, name, worker, stage)
         self.module = module
+        self.region: Region | None = None  # its own, if it has replicas
         self._before: Callable[..., Any] | None = module._compiled_call_impl
+
+    def called(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of user code that is in no lane; cut into micro-batches if there are replicas."""
+        if self.region is None or self.engine.is_inline or isinstance(threading.current_thread(), Worker):
+            return self.run(*args, **kwargs)
+        return self.engine.call_region(self.region, args, kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The ordinary call, in this thread."""
@@ -108,6 +136,47 @@ class ModuleUnit(_Unit):
         return _nothing, ()
 
 
+class ReplicaUnit(_Unit):
+    """A unit on another device than that of its parameters.
+
+    Args:
+        unit: The unit on its own device.
+        worker: The thread of the other one.
+        seat: What runs there.
+    """
+
+    def __init__(self, unit: _Unit, worker: Worker, seat: Seat) -> None:
+        super().__init__(unit.engine, unit.name, worker, unit.stage)
+        self._unit = unit
+        self.seat = seat
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers, as far as a trial has seen."""
+        return self._unit.draws
+
+    @draws.setter
+    def draws(self, draws: bool) -> None:
+        """Said of the unit itself."""
+
+    def homes(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The parameters that leaves of the unit's graph stand for."""
+        return list(map(self.seat.home, leaves))
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The modules that it runs."""
+        return self.seat.twins
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The ordinary call, of the twins."""
+        first, *rest = self.seat.twins
+        x = first(*args, **kwargs)
+        for twin in rest:
+            x = twin(x)
+        return x
+
+
 class ChainUnit(_Unit):
     """Several modules of an nn.Sequential that follow each other on one device: one task instead of many."""
 
@@ -127,7 +196,7 @@ class ChainUnit(_Unit):
         return self.modules
 
 
-class Region:
+class Region(StandIn):
     """Stands in for the `forward` of a module whose units lie on several devices.
 
     Args:
@@ -144,9 +213,9 @@ class Region:
     """
 
     def __init__(self, engine: Engine, name: str, module: nn.Module) -> None:
+        super().__init__(module)
         self.engine = engine
         self.name = name or type(module).__name__
-        self.module = module
         self.keys = Keys()
         self.verdicts: dict[Any, Verdict] = {}
         self.tries: Counter[Any] = Counter()
@@ -154,17 +223,15 @@ class Region:
         self.trials = 0
         self.own_code_draws = False
         self.chain: tuple[ChainUnit | nn.Module, ...] | None = None
-        self._before: Any = module.__dict__.get(_FORWARD)
-        self._plain: Callable[..., Any] = module.forward
 
     def whole(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
-        return self._plain(*args, **kwargs)
+        return self.plain(*args, **kwargs)
 
     def in_lane(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with runs of modules on one device as one call."""
         if self.chain is None or len(args) != 1 or kwargs or not self._chain_holds():
-            return self._plain(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         (x,) = args
         for link in self.chain:
             x = link(x)
@@ -180,18 +247,6 @@ class Region:
         """Run whole from now on, whatever trials have said."""
         self.verdicts = dict.fromkeys(self.verdicts, Verdict(None, reason))
 
-    def install(self) -> None:
-        """Take the place of the module's forward."""
-        self.module.__dict__[_FORWARD] = self
-
-    def remove(self) -> None:
-        """Give it back."""
-        if self.module.__dict__.get(_FORWARD) is self:
-            if self._before is None:
-                del self.module.__dict__[_FORWARD]
-            else:
-                self.module.__dict__[_FORWARD] = self._before
-
     def _chain_holds(self) -> bool:
         """Whether the Sequential still has the children that it had when it was placed."""
         assert self.chain is not None
@@ -201,9 +256,33 @@ class Region:
         found = list(self.module._modules.values())
         return len(found) == len(expected) and all(a is b for a, b in zip(found, expected, strict=True))
 
-    def __reduce__(self) -> Any:
-        # A copy gets the forward that the module had, even one that user code had put on this very module.
-        return (_own_forward, (self.module,)) if self._before is None else (_itself, (self._before,))
+
+class BlockRegion(Region):
+    """The region of a module with replicas: user code calls it, and its micro-batches go to several devices.
+
+    Args:
+        unit: The module as a unit.
+    """
+
+    def __init__(self, unit: ModuleUnit) -> None:
+        super().__init__(unit.engine, unit.name, unit.module)
+        self._unit = unit
+        unit.region = self
+
+    def whole(self, *args: Any, **kwargs: Any) -> Any:
+        """All of it on the device of its parameters."""
+        return self._unit.run(*args, **kwargs)
+
+    def in_lane(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of the unit."""
+        return self._unit(*args, **kwargs)
+
+    def install(self) -> None:
+        """The unit has taken the place of the module's call already."""
+
+    def remove(self) -> None:
+        """The unit gives it back."""
+        self._unit.region = None
 
 
 class Gate:
@@ -255,11 +334,3 @@ class Gate:
 
 def _nothing() -> None:
     return None
-
-
-def _itself(forward: Any) -> Any:
-    return forward
-
-
-def _own_forward(module: nn.Module) -> Any:
-    return types.MethodType(type(module).forward, module)

@@ -7,11 +7,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.worker import Cancelled
@@ -42,6 +43,9 @@ class Lane:
     """
 
     anchor = torch.zeros((), device="cpu", requires_grad=True)
+    # Kept, so that no lane has to make it: with anomaly detection torch wants the interpreter in the middle of that,
+    # and two lanes would wait for each other.
+    anchor_node = get_gradient_edge(anchor).node
 
     def __init__(self, call: Call, index: int) -> None:
         self._call = weakref.ref(call)
@@ -115,11 +119,12 @@ class LanePool:
         self._jobs.put(job)
 
     def close(self, timeout_s: float) -> bool:
-        """End the threads. Returns whether all of them ended in time."""
+        """End the threads. Returns whether all of them ended in time, which they share."""
         for _ in self._threads:
             self._jobs.put(None)
+        end_s = monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, end_s - monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:

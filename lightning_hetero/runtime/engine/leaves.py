@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from lightning_hetero.runtime.transfer import to_device
+
 # The class of the nodes that accumulate into leaves; torch does not name it.
 _ACCUMULATE: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
@@ -115,7 +117,9 @@ class OrderedSums:
         for _, source in sorted(self._sources.items(), key=lambda item: repr(item[0])):
             for leaf, total in source.sums.items():
                 known = totals.get(leaf)
-                totals[leaf] = total if known is None else _plus(known, total)
+                # What replicas have summed up comes home here, in one piece.
+                here = to_device(total, source.home[leaf])
+                totals[leaf] = here if known is None else _plus(known, here)
         return totals
 
     def clear(self) -> None:
@@ -140,6 +144,7 @@ class _Source:
         self.waiting: dict[int, list[tuple[int, Sequence[Tensor], Sequence[Tensor | None]]]] = {}
         self.next_lane = 0
         self.sums: dict[int, Tensor] = {}
+        self.home: dict[int, torch.device] = {}
         self._ours: set[int] = set()
 
     def take(self, lane: int) -> None:
@@ -157,7 +162,10 @@ class _Source:
             known = self.sums.get(key)
             if known is None:
                 self.sums[key] = gradient
-            elif key in self._ours and not known.is_sparse:
+                self.home[key] = leaf.device
+                continue
+            gradient = to_device(gradient, known.device)  # code on a replica may use the original too
+            if key in self._ours and not known.is_sparse:
                 known.add_(gradient)
             else:
                 # Autograd may hand out one tensor for two leaves (of y = a + b), so the first sum is a new tensor.

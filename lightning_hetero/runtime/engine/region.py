@@ -19,12 +19,14 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from lightning_hetero.runtime.containers import are_unchanged, contents
 from lightning_hetero.runtime.engine.batch import Cut, Join, joined, offsets
 from lightning_hetero.runtime.engine.batch_norm import Deferred
 from lightning_hetero.runtime.engine.call import Call
@@ -34,7 +36,7 @@ from lightning_hetero.runtime.engine.leaves import OrderedSums, gradients, walk
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.transfer import version_of
+from lightning_hetero.runtime.transfer import move, version_of
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
@@ -60,6 +62,7 @@ class RegionTask:
         rematerialized: The parameters of a region whose forward is to keep no graph; None keeps it.
         traced: Places of the outputs that have a graph; only needed with `rematerialized`.
         buffers: The buffers of the region.
+        upstream: Places of the outputs of which other outputs are made.
     """
 
     number: int
@@ -75,6 +78,7 @@ class RegionTask:
     rematerialized: Sequence[Tensor] | None
     traced: Sequence[int] | None
     buffers: Sequence[Tensor]
+    upstream: Sequence[int] = ()
 
 
 class RegionCall(Call):
@@ -90,7 +94,7 @@ class RegionCall(Call):
             engine,
             number=task.number,
             name=task.name,
-            micro_batches=len(task.rows),
+            rows=task.rows,
             seed=task.seed,
             checks_capture=task.rematerialized is None,
         )
@@ -127,9 +131,11 @@ class RegionCall(Call):
 
         versions = [version_of(buffer) for buffer in self.task.buffers]
         with self.task.deferred.collecting():
+            self.engine.renew_replicas()
             self._start(work, self.engine.lanes_at_once)
             self._finish()
-            if versions != [version_of(buffer) for buffer in self.task.buffers]:
+            same = versions == [version_of(buffer) for buffer in self.task.buffers]
+            if not same or self.engine.replicas_changed_buffers():
                 raise RuntimeError(
                     f"{self.name} has changed a buffer for each of its micro-batches, which it did not do in its "
                     "trial. The buffer is not what it would be on one device. Set micro_batches=1."
@@ -146,12 +152,18 @@ class RegionCall(Call):
                 tensors[place] = tensors[place].requires_grad_()
                 lane.inputs.append(tensors[place])
         args, kwargs = task.given.build(tensors)
+        containers = contents((args, *kwargs.values())) if task.given.has_containers else []
         with torch.set_grad_enabled(records):
             if self.seed is None or not task.own_code_draws:
-                return task.forward(*args, **kwargs)
-            lane.stream = Stream(self.generators.of[self.engine.root], derive(self.seed, lane.index))
-            with lane.stream.running():
-                return task.forward(*args, **kwargs)
+                output = task.forward(*args, **kwargs)
+            else:
+                lane.stream = Stream(self.generators.of[self.engine.root], derive(self.seed, lane.index))
+                with lane.stream.running():
+                    output = task.forward(*args, **kwargs)
+            if not are_unchanged(containers):
+                raise CannotCutError("it writes into a container that it is given")
+            # In a chain, what the last part returns stays where it is, and that need not be one device for all lanes.
+            return move(output, self.engine.root) if self.engine.has_replicas else output
 
     def _join(self, outputs: Sequence[Any]) -> Any:
         join = Join(outputs, self.task.rows)
@@ -175,6 +187,9 @@ class RegionCall(Call):
             self.columns = []
             for place, tensor in zip(self._traced, whole, strict=True):
                 results[place] = tensor
+            for place in set(self.task.upstream).intersection(self._traced):
+                for method in ("register_hook", "retain_grad"):
+                    setattr(results[place], method, partial(_refuse_hook, self.name))
         return join.build(results)
 
     def _trace(self, lane: Lane, outputs: list[Tensor]) -> None:
@@ -233,6 +248,7 @@ class RegionCall(Call):
                 self.generators.begin()
                 self._draws_again = True
             self._during_backward.enter_context(self.task.deferred.untouched())
+            self.engine.renew_replicas()
         self._start(lambda lane: self._lane_backward(lane, given), self.engine.lanes_at_once)
 
     def _lane_backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> None:
@@ -368,6 +384,15 @@ class RegionCall(Call):
             self._draws_again = False
             self.generators.end()
         self.engine.running.discard(self)
+
+
+def _refuse_hook(name: str, *_: Any) -> NoReturn:
+    """Stands in for methods of an output that ask for its gradient."""
+    raise RuntimeError(
+        f"the gradient of an output of {name} is asked for by a hook or retain_grad(), although another of its outputs "
+        f"is made of it. {name} was cut into micro-batches, and only a part of that gradient passes where it is looked "
+        f"for. Set micro_batches=1, or compute the other output outside of {name}."
+    )
 
 
 class RegionEnter(torch.autograd.Function):

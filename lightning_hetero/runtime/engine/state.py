@@ -24,11 +24,12 @@ class ThreadState:
 
     Args:
         device_types: Device types whose autocast is looked at.
+        saves: Whether hooks that decide what autograd saves are handed over too.
     """
 
     __slots__ = ("_autocast", "_context", "_frame", "_functions", "_grad", "_inference", "_saved")
 
-    def __init__(self, device_types: Sequence[str]) -> None:
+    def __init__(self, device_types: Sequence[str], *, saves: bool = True) -> None:
         self._grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = [
@@ -37,9 +38,10 @@ class ThreadState:
         self._functions = [
             torch._C._get_function_stack_at(depth) for depth in range(torch._C._len_torch_function_stack())
         ]
-        self._saved = _autograd._top_saved_tensors_default_hooks(False)
+        self._saved = _autograd._top_saved_tensors_default_hooks(False) if saves else None
         self._context = contextvars.copy_context()
-        self._frame = frames.top()
+        frame = frames.top()  # without the tensors that it has moved
+        self._frame = None if frame is None else Frame(frame.owner, frame.device, frame.chain)
 
     @property
     def records(self) -> bool:
@@ -72,25 +74,34 @@ class ThreadState:
             torch.set_autocast_dtype(kind, dtype)
         if self._autocast:
             torch.set_autocast_cache_enabled(False)
-        for mode in self._functions:
+        functions = self._missing_functions()
+        for mode in functions:
             torch._C._push_on_torch_function_stack(mode)
         if self._saved is not None:
             _autograd._push_saved_tensors_default_hooks(*self._saved)
         if self._frame is not None:
-            frames.push(Frame(self._frame.owner, self._frame.device, self._frame.chain))
+            frames.push(self._frame)
         try:
             return self._context.copy().run(function, *args, **kwargs)
         finally:
             frames.cut_to(depth)
             if self._saved is not None:
                 _autograd._pop_saved_tensors_default_hooks()
-            for _ in self._functions:
+            for _ in functions:
                 torch._C._pop_torch_function_stack()
             for kind, _ in self._autocast:
                 torch.set_autocast_enabled(kind, False)
             if self._autocast:
                 torch.set_autocast_cache_enabled(True)
             torch._C._set_grad_enabled(grad)
+
+    def _missing_functions(self) -> list[Any]:
+        """The function modes that are not active in this thread already."""
+        active = torch._C._len_torch_function_stack()
+        if not active:
+            return self._functions
+        known = {id(torch._C._get_function_stack_at(depth)) for depth in range(active)}
+        return [mode for mode in self._functions if id(mode) not in known]
 
 
 def saves_otherwise() -> bool:
@@ -117,7 +128,7 @@ def stays_in_its_thread() -> str | None:
     These modes live in the thread and cannot be handed over: a call that hopped out of `torch.func.grad` would
     return a plain tensor and lose its gradient without an error.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # in this thread; `is_compiling` is true in all while one compiles
         return "it is being compiled"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it runs inside a transform of torch.func"

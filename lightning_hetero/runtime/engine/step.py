@@ -28,6 +28,7 @@ from lightning_hetero.runtime.engine.region import OWN_CODE
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.turnstile import Turnstile
+from lightning_hetero.runtime.engine.watch import has_hooks
 from lightning_hetero.schedule import Op
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class StepCall(Call):
             engine,
             number=number,
             name="the training step",
-            micro_batches=len(task.rows),
+            rows=task.rows,
             seed=task.seed,
             checks_capture=False,
         )
@@ -115,6 +116,13 @@ class StepCall(Call):
         """Place of a task on its device: that of the schedule."""
         return self._task.places[unit.stage, op, lane.index]
 
+    def _may_share(self, unit: Unit) -> bool:
+        """Whether several devices may take part.
+
+        State (running means, say) is kept once, and changes in order. Hooks of user code know the module itself.
+        """
+        return not unit.has_state and not any(has_hooks(part) for module in unit.parts for part in module.modules())
+
     def in_lanes(self) -> None:
         """Run all micro-batches at the same time.
 
@@ -123,8 +131,17 @@ class StepCall(Call):
         """
         self._mute(self._task.leaves)
         try:
+            self.engine.renew_replicas()
             self._start(self._lane, self._task.in_flight)
             self._finish()
+            if self.engine.replicas_changed_buffers():
+                raise UnsupportedError(
+                    "a module with replicas has changed a buffer in the training step, though it is in evaluation "
+                    "mode; each replica has changed its own. Set micro_batching='forward', or leave out the replicas."
+                )
+            lost = self.engine.lost_by_replicas()
+            if lost is not None:
+                self.engine.note_lost(lost)
         except CannotCutError as refused:
             raise UnsupportedError(
                 f"the training step cannot run in micro-batches, because {refused}, which it did not do in the first "

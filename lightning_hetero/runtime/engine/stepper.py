@@ -19,7 +19,6 @@ from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
 from lightning_hetero.runtime.engine.verdict import Watch
 from lightning_hetero.schedule import Op, Schedule, bounds
-from lightning_hetero.schedule.rows import split_rows
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
@@ -128,7 +127,7 @@ class Stepper:
             reason = "the training step is not cut into micro-batches, because its batch has no rows to cut"
             self._engine.note(reason, "It runs once on the whole batch.")
             return None
-        step = _Step(args, split_rows(total, self._engine.micro_batches))
+        step = _Step(args, self._engine.split(total))
         step.notes = [[] for _ in step.rows]
         given = Tree(args[0])
         key = tuple((tensor.dim(), tensor.dtype) for tensor in given.tensors)
@@ -178,6 +177,10 @@ class Stepper:
             reason: str | None = f"self.{name} goes from one batch to the next"
         elif watch.changer is not None:
             reason = f"{watch.changer} changes its input in place"
+        elif watch.writer is not None:
+            reason = f"{watch.writer} writes into a container that it is given"
+        elif watch.trouble is not None and "draws random numbers" in watch.trouble:
+            reason = watch.trouble
         else:
             reason = calls.reason or snapshot.change_below(ignored=self._gated)
         for unit in watch.units:
@@ -192,7 +195,7 @@ class Stepper:
             run=lambda index: run(index, step),
             rows=step.rows,
             scale=scale,
-            in_flight=bounds(self._schedule, self._engine.pipeline(len(step.rows)))[0],
+            in_flight=bounds(self._schedule, self._engine.pipeline(len(step.rows)))[0] + self._engine.more_devices,
             places=self._places(len(step.rows)),
             forwards_first=self._schedule.all_forwards_first,
             leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],

@@ -108,6 +108,7 @@ class Stream:
     def resume(self) -> None:
         """Take the generator."""
         self._generator.lock.acquire()
+        _HELD.generator = self._generator
         if self._state is not None:
             self._generator.set(self._state)
         elif self._seed is not None:
@@ -116,6 +117,7 @@ class Stream:
     def pause(self) -> None:
         """Give the generator to others."""
         self._state = self._generator.get()
+        _HELD.generator = None
         self._generator.lock.release()
 
     @contextmanager
@@ -135,6 +137,18 @@ class Stream:
             yield
         finally:
             self.resume()
+
+
+class _Held(threading.local):
+    generator: Generator | None = None
+
+
+_HELD = _Held()
+
+
+def held() -> Generator | None:
+    """The generator that a stream of this thread holds."""
+    return _HELD.generator
 
 
 def derive(*numbers: int) -> int:

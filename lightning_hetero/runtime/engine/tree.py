@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hetero.runtime.transfer import with_values
+
 Build = Callable[[Sequence[Tensor]], Any]
 
 # Values that hold no tensor, whatever else they are.
@@ -34,16 +36,18 @@ class Tree:
         tensors: The tensors in order; one that stands in two places occurs twice.
         values: The other values in order.
         form: Class and keys of every container, and where tensors are.
+        has_containers: Whether there are lists, mappings or dataclasses.
         opaque: An object that may hold tensors out of sight; None if there is none.
     """
 
-    __slots__ = ("_build", "form", "opaque", "tensors", "values")
+    __slots__ = ("_build", "form", "has_containers", "opaque", "tensors", "values")
 
     def __init__(self, obj: Any) -> None:
         self.tensors: list[Tensor] = []
         self.values: list[Any] = []
         self.form: list[tuple[type, Any]] = []
         self.opaque: Any = None
+        self.has_containers = False
         self._build: Build = self._take(obj)
 
     def build(self, tensors: Sequence[Tensor]) -> Any:
@@ -64,16 +68,19 @@ class Tree:
             last = len(self.tensors)
             return lambda new: tuple(new[first:last])
         if isinstance(obj, dict):
+            self.has_containers = True
             self.form.append((kind, tuple(obj)))
             fields = {key: self._take(value) for key, value in obj.items()}
             self._look_behind(obj, obj.values())
             return lambda new: with_values(obj, {key: value(new) for key, value in fields.items()})
         if kind is list or (isinstance(obj, tuple) and _makes_itself(kind)):
+            self.has_containers = self.has_containers or kind is list
             self.form.append((kind, len(obj)))
             items = [self._take(item) for item in obj]
             return lambda new: _sequence(kind, [item(new) for item in items])
         if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
             values = {f.name: getattr(obj, f.name, None) for f in dataclasses.fields(obj)}
+            self.has_containers = True
             self.form.append((kind, tuple(values)))
             members = {name: self._take(value) for name, value in values.items()}
             self._look_behind(obj, values.values())
@@ -92,17 +99,6 @@ class Tree:
             id(value) not in known and not isinstance(value, _PLAIN) for value in getattr(obj, "__dict__", {}).values()
         ):
             self.opaque = obj
-
-
-def with_values(like: Any, values: dict[Any, Any]) -> Any:
-    """A mapping of the same class with other values."""
-    if type(like) is dict:
-        return values
-    # A shallow copy keeps subclasses whole (OrderedDict, ModelOutput, defaultdict and its factory).
-    result = copy.copy(like)
-    for key, value in values.items():
-        result[key] = value
-    return result
 
 
 def _makes_itself(kind: type) -> bool:

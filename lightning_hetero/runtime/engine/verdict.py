@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.runtime import frames
+from lightning_hetero.runtime.containers import Contents, are_unchanged, contents
 from lightning_hetero.runtime.engine.batch import Cut, Join, candidates, joined
 from lightning_hetero.runtime.engine.batch_norm import Deferred, can_defer, uses_batch
 from lightning_hetero.runtime.engine.comparison import close, same, with_other_rows
@@ -56,6 +57,8 @@ class Verdict:
         reason: Why it has to run whole, in words that follow "because".
         draws: Whether the region draws random numbers.
         traced: Places of the outputs that have a graph where gradients are recorded; None if that was not looked at.
+        upstream: Places of the outputs of which others are made.
+        rows: Rows of the batch that was tried.
         final: Whether another trial would find the same. A module may fill a cache at its first call.
     """
 
@@ -63,6 +66,8 @@ class Verdict:
     reason: str = ""
     draws: bool = False
     traced: tuple[int, ...] | None = None
+    upstream: tuple[int, ...] = ()
+    rows: int = 0
     final: bool = True
 
 
@@ -91,6 +96,7 @@ class Trial:
     ) -> None:
         self._module = module
         self._run = run
+        self._built: Contents = []  # containers among the inputs of the last run
         self._generators = generators
         self._forbidden = forbidden
         self._callers = [module] if root is None or root is module else [module, root]
@@ -102,6 +108,7 @@ class Trial:
         self._saves_otherwise = False
         self._records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self._traced: tuple[int, ...] | None = None
+        self._upstream: tuple[int, ...] = ()
 
     def verdict(self, args: tuple[Any, ...], kwargs: dict[str, Any], precision: Sequence[torch.dtype]) -> Verdict:
         """Find out.
@@ -152,8 +159,9 @@ class Trial:
         for name, module in snapshot.modules:
             if uses_batch(module) and not (self._defers and can_defer(module)):
                 return f"{name or 'it'} ({type(module).__name__}) uses the mean and variance of the whole batch"
-            if module is not self._module and has_hooks(module):
-                return f"{name} has hooks of user code, which would see parts of a batch"
+            # Hooks of a region are called around it; those of a unit, which a module with replicas is, within it.
+            if (module is not self._module or _is_unit(module)) and has_hooks(module):
+                return f"{name or 'it'} has hooks of user code, which would see parts of a batch"
         return None
 
     def _try(
@@ -166,7 +174,13 @@ class Trial:
     ) -> Verdict:
         # Copies: a module may change its inputs in place, and a trial must not.
         tensors = [tensor.detach().clone() for tensor in given.tensors]
-        with frames.random_numbers_arranged(), _uncompiled(), torch.no_grad(), warnings.catch_warnings():
+        with (
+            frames.random_numbers_arranged(),
+            frames.activations_kept(),
+            _uncompiled(),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # the run that counts says it again
             observer = self._observer(tensors, snapshot)
             reason, whole = self._observe(given, tensors, observer, snapshot)
@@ -182,7 +196,13 @@ class Trial:
                     if reason is None and self._records:
                         reason = self._gradient_coupling(given, tensors, cut, precision)
                     if reason is None:
-                        return Verdict(cut, draws=self._watch.any, traced=self._traced)
+                        return Verdict(
+                            cut,
+                            draws=self._watch.any,
+                            traced=self._traced,
+                            upstream=self._upstream,
+                            rows=cut.rows(tensors) or 0,
+                        )
                     first = first or reason
         assert first is not None
         return Verdict(None, first)
@@ -202,6 +222,10 @@ class Trial:
             return "it changes its input in place", whole
         if watch.changer is not None:
             return f"{watch.changer} changes its input in place", whole
+        if watch.writer is not None:
+            return f"{watch.writer} writes into a container that it is given", whole
+        if not are_unchanged(self._built):
+            return "it writes into a container that it is given", whole
         if watch.trouble is not None:
             return watch.trouble, whole
         if self._owned.written:
@@ -259,13 +283,14 @@ class Trial:
             adds_up = trial.adds_up(tensors, cut, cut.rows(tensors) or 0)
         except CannotCutError as refused:
             return str(refused)
-        self._traced = trial.traced
+        self._traced, self._upstream = trial.traced, trial.upstream
         if self._saves_otherwise and self._watch.own_code:
             return "its code draws random numbers under activation checkpointing"
         return None if adds_up else "the gradients of its rows depend on each other"
 
     def _call(self, given: Tree, tensors: Sequence[Tensor]) -> Any:
         args, kwargs = given.build(tensors)
+        self._built = contents((args, *kwargs.values()))
         return self._run(*args, **kwargs)
 
     def _observer(self, tensors: Sequence[Tensor], snapshot: Snapshot) -> Observer:
@@ -282,8 +307,12 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The module and those below it that are in no unit: their code runs in lanes."""
     yield module
     for child in module.children():
-        if not hasattr(child.__dict__.get("_compiled_call_impl"), "parts"):
+        if not _is_unit(child):
             yield from _own_modules(child)
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return hasattr(module.__dict__.get("_compiled_call_impl"), "parts")
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from lightning_hetero.runtime.containers import are_unchanged, contents
 from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.hooks import Hook
@@ -48,6 +49,7 @@ class Watch:
         units: The units that drew.
         own_code: Whether the region's own code did.
         changer: Name of a unit that changed its input in place; None if none did.
+        writer: Name of a unit that wrote into a list, mapping or dataclass among its inputs; None if none did.
         trouble: What else was seen that lanes could not do, in words that follow "because"; None if nothing was.
         at_border: Called where a unit begins and where it ends.
     """
@@ -61,6 +63,7 @@ class Watch:
         self.units: list[Watched] = []
         self.own_code = False
         self.changer: str | None = None
+        self.writer: str | None = None
         self.trouble: str | None = None
         self.at_border: Callable[[], None] = lambda: None
 
@@ -86,6 +89,7 @@ class Watch:
         self._depth += 1
         tensors = Tree(inputs).tensors
         versions = [version_of(tensor) for tensor in tensors]
+        containers = contents(inputs)
         try:
             yield
         finally:
@@ -93,6 +97,8 @@ class Watch:
             self._look_at(unit)
             if versions != [version_of(tensor) for tensor in tensors]:
                 self.changer = unit.name
+            if not are_unchanged(containers):
+                self.writer = unit.name
             self.at_border()
 
     def end(self) -> None:
