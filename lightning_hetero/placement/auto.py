@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lightning_hetero.placement import dag, exact, heft, interleaved, proportional
-from lightning_hetero.placement.even import EvenPolicy
+from lightning_hetero.placement.compare import as_placement, compare, is_hopeful
+from lightning_hetero.placement.constraint_costs import constraint_costs
 from lightning_hetero.placement.explain_choice import explain_choice
-from lightning_hetero.placement.found import Found, best_of
-from lightning_hetero.placement.improve import improve
-from lightning_hetero.placement.judge import Judge
-from lightning_hetero.placement.memory_first import MemoryFirstPolicy, fill
-from lightning_hetero.placement.pieces import device_map, pieces_of
+from lightning_hetero.placement.judge import Judge, Priced
+from lightning_hetero.placement.memory_first import MemoryFirstPolicy
+from lightning_hetero.placement.pieces import device_map, pieces_of, share_map
 from lightning_hetero.placement.policy import Placement, register_policy
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.placement.refuse import infeasible
 
 LEAST_GAIN = 0.03
-LEADERS, TRIES = 3, 60
+CLOSE = 0.05
+"""A plan over several devices that is predicted to take so much longer than the best single one may still be faster."""
 
 
 @register_policy("auto")
@@ -28,9 +26,10 @@ class AutoPolicy:
 
     With a profile, all policies are asked, for all numbers of micro-batches and ways to run that the problem allows,
     and the best prediction is taken. A plan over several devices has to beat the best single device by `least_gain`:
-    predictions err by several percent, mostly to the bright side, so a smaller gain may be none. Without a profile
-    sizes alone must not spread a model, so it stays on the first device that holds it, and is spread by memory
-    otherwise.
+    predictions err by several percent, mostly to the bright side, so a smaller gain may be none. What comes second, of
+    the best single device and the best plan over several, is a finalist if it comes near: the strategy tries both with
+    real steps. Without a profile sizes alone must not spread a model, so it stays on the first device that holds it,
+    and is spread by memory otherwise.
 
     Args:
         least_gain: Part of the best single device's time (or other objective) that a spread plan has to save.
@@ -46,41 +45,31 @@ class AutoPolicy:
         judge = Judge(problem)
         if not judge.pieces:
             return Placement(device_of={}, notes=("The model has no units.",))
-        singles = judge.singles()
-        asked = dict(_searches(judge))
-        # A good plan of one kind may have a better neighbour than the best plan of another kind has.
-        leaders = sorted(asked, key=lambda name: asked[name].best.key)[:LEADERS]
-        improved = {name: improve(judge, asked[name].best, tries=TRIES) for name in leaders}
-        winner = min(improved, key=lambda name: improved[name].key)
-        best = improved[winner]
-        home = best_of(singles.values()) if singles else None
+        found = compare(judge)
+        best, winner, home = found.best, found.winner, found.home
         if home is not None and home.fits and not (best.fits and best.value < home.value * (1 - self.least_gain)):
             best, winner = home, "single"
         if not best.fits:
             raise infeasible(problem, best.forecast, best.execution, self.name)
-        notes, alternatives = explain_choice(judge, best, winner, singles, asked, self.least_gain)
+        notes, alternatives = explain_choice(judge, best, winner, found.singles, found.asked, self.least_gain)
         return Placement(
             device_of=device_map(judge.pieces, best.homes),
-            notes=notes,
+            shares_of=share_map(judge.pieces, best.shares),
+            notes=(*notes, *constraint_costs(judge, best), *judge.stopped_note()),
             execution=best.execution,
-            proof=asked[winner].proof if winner in asked else "",
+            proof=found.asked[winner].proof if winner in found.asked else "",
             alternatives=alternatives,
+            finalists=tuple(as_placement(judge, rival) for rival in _rivals(judge, best, home)),
         )
 
 
-def _searches(judge: Judge) -> Iterator[tuple[str, Found]]:
-    """What each policy finds, the quick ones first, in case time runs out. The first three always answer."""
-    pieces = judge.pieces
-    yield "even", Found(best=judge.best_execution(EvenPolicy().homes(judge.problem, pieces)))
-    yield "memory_first", Found(best=judge.best_execution(fill(judge.problem, pieces)[0]))
-    yield "proportional", proportional.find(judge)
-    if min(len(judge.names), len(pieces)) < 2:
-        return
-    searches = {"interleaved": interleaved.find, "heft": heft.find, "exact": exact.find, "dag": dag.find}
-    for name, find in searches.items():
-        if judge.problem.time_is_up():
-            return
-        yield name, find(judge)
+def _rivals(judge: Judge, best: Priced, home: Priced | None) -> list[Priced]:
+    """The best single device against a plan over several, and the other way round: where the prediction may err."""
+    if home is not None and home != best:
+        return [home] if is_hopeful(home, best) else []
+    spread = [priced for priced in judge.priced() if len(priced.devices) > 1 and priced.fits]
+    rival = min(spread, key=lambda priced: priced.key, default=None)
+    return [rival] if rival is not None and rival.value < (1 + CLOSE) * best.value else []
 
 
 def _unmeasured(problem: Problem) -> Placement:

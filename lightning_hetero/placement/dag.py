@@ -49,11 +49,11 @@ def find(judge: Judge, *, rounds: int = ROUNDS, tries: int = TRIES) -> Found:
     proofs: dict[Priced, str] = {}
     execution = proportional.find(judge).best.execution
     for contiguous in (True, False):
-        if judge.problem.time_is_up():
+        if judge.time_is_up():
             break
         graph = as_graph(judge, execution, own_code=not contiguous)
         try:
-            answer = solve_graph(graph, contiguous=contiguous, rounds=rounds, out_of_time=judge.problem.time_is_up)
+            answer = solve_graph(graph, contiguous=contiguous, rounds=rounds, out_of_time=judge.time_is_up)
         except InfeasiblePlanError:
             continue
         priced = judge.best_execution(homes_of(judge, answer.plan))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from math import prod
+from math import log2, prod
 
 from lightning_hetero.errors import InfeasiblePlanError
 from lightning_hetero.placement.as_chain import as_chain, chain_schedule, homes_of
@@ -23,6 +23,7 @@ from lightning_hetero.plan.forecast import WHOLE, Execution
 SIMULATED_ONE_BY_ONE = 2_000
 EVENTS, NODES = 20_000, 300
 TRIES, STARTS, WAYS = 200, 3, 2
+LIKELY = 8  # micro-batches that are often best; numbers near it are solved first, in case time runs out
 
 
 @register_policy("exact")
@@ -64,12 +65,14 @@ def find(judge: Judge, *, one_by_one: int = SIMULATED_ONE_BY_ONE, tries: int = T
     best_first = sorted(solved, key=lambda priced: priced.key)
     of_each_way = {priced.execution: priced for priced in reversed(best_first)}
     starts = sorted(of_each_way.values(), key=lambda priced: priced.key)
-    if not starts[0].fits:  # the chain knows less of memory than the simulator: perhaps it does on other devices
+    # The chain knows less of memory than the simulator: what does not fit perhaps does on other devices.
+    overfull = [start for start in starts if not start.fits and (not starts[0].fits or start.value < starts[0].value)]
+    if overfull:
         tried = (
             judge.price(homes, start.execution)
-            for start in starts
+            for start in overfull
             for homes in exchanged(start.homes, judge.names)
-            if judge.may_stand(homes) and not judge.problem.time_is_up()
+            if judge.may_stand(homes) and not judge.time_is_up()
         )
         starts = sorted((*starts, *tried), key=lambda priced: priced.key)
     starts = starts[:STARTS]
@@ -82,7 +85,7 @@ def _enumerated(judge: Judge, count: int) -> Found | None:
     """All placements; None if time runs out before their end."""
     best: Priced | None = None
     for homes in product(*(piece.devices for piece in judge.pieces)):
-        if judge.problem.time_is_up():
+        if judge.time_is_up():
             return None
         found = judge.best_execution(homes)
         best = found if best is None or found.key < best.key else best
@@ -97,14 +100,14 @@ def _solved(judge: Judge) -> dict[Priced, str]:
     best by then.
     """
     by_way: dict[tuple[Execution, ...], dict[Priced, str]] = {}
-    for ways in _alike(judge.executions):
-        if judge.problem.time_is_up():
+    for ways in sorted(_alike(judge.executions), key=lambda ways: abs(log2(ways[0].micro_batches / LIKELY))):
+        if judge.time_is_up():
             break
         by_way[ways] = _answers(judge, ways, ("step_formula",))
     found = {priced: proof for answers in by_way.values() for priced, proof in answers.items()}
     hopeful = [ways for ways, answers in by_way.items() if answers and ways[0].schedule != WHOLE]
     for ways in sorted(hopeful, key=lambda ways: best_of(by_way[ways]).key)[:WAYS]:
-        if not judge.problem.time_is_up():
+        if not judge.time_is_up():
             found = _answers(judge, ways, ("step_time", "max_load")) | found
     return found
 
@@ -125,7 +128,7 @@ def _answers(judge: Judge, ways: tuple[Execution, ...], objectives: tuple[ChainO
     for objective in objectives:
         try:
             answer = solve_chain(
-                chain, objective, effort=Effort(events=EVENTS, nodes=NODES), out_of_time=judge.problem.time_is_up
+                chain, objective, effort=Effort(events=EVENTS, nodes=NODES), out_of_time=judge.time_is_up
             )
         except InfeasiblePlanError:
             break  # so it is for the other objectives

@@ -62,7 +62,8 @@ def _verdict(judge: Judge, best: Priced, winner: str, least_gain: float) -> str:
     looked = f"of {judge.asked} simulated plans"
     objective = _NOUNS[judge.problem.objective]
     if winner == "single":
-        others = f"none over several devices saves {_percent(least_gain)}" if len(judge.names) > 1 else "it is the best"
+        is_better = f"saves {_percent(least_gain)}" if least_gain else "is better"
+        others = f"none over several devices {is_better}" if len(judge.names) > 1 else "it is the best"
         return f"Everything stands on {best.homes[0]}: {looked}, judged by {objective}, {others}."
     return f"{looked.capitalize()} the best by {objective} is by {winner!r} ({in_words(best.execution)})."
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_hetero.placement.judge import Judge, Priced
 from lightning_hetero.placement.memory_first import fill
-from lightning_hetero.placement.pieces import device_map
+from lightning_hetero.placement.pieces import device_map, share_map
 from lightning_hetero.placement.policy import Placement
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.placement.refuse import in_words, infeasible
@@ -57,8 +57,13 @@ def place_by(search: Search, problem: Problem, name: str, note: str) -> Placemen
     notes = [note, f"A batch runs {_how(best)} on {', '.join(n for n in judge.names if n in best.devices)}."]
     if problem.profile is None:
         notes.append(ESTIMATED)
+    notes += judge.stopped_note()
     return Placement(
-        device_of=device_map(judge.pieces, best.homes), notes=tuple(notes), execution=best.execution, proof=found.proof
+        device_of=device_map(judge.pieces, best.homes),
+        shares_of=share_map(judge.pieces, best.shares),
+        notes=tuple(notes),
+        execution=best.execution,
+        proof=found.proof,
     )
 
 

@@ -43,7 +43,7 @@ def find(judge: Judge) -> Found:
     except InfeasiblePlanError:
         pass  # it never looks back; the search below may still find room
     try:
-        searched = solve_latency(graph, rounds=1, out_of_time=problem.time_is_up)
+        searched = solve_latency(graph, rounds=1, out_of_time=judge.time_is_up)
         proofs[judge.best_execution(homes_of(judge, searched.plan))] = f"latency: {searched.proof}"
     except InfeasiblePlanError:
         pass

@@ -26,7 +26,7 @@ def improve(judge: Judge, start: Priced, *, tries: int, enough: Callable[[Priced
     while better and not (enough is not None and enough(best)):
         better = False
         for homes, execution in _neighbours(judge, best):
-            if judge.asked >= last or judge.problem.time_is_up():
+            if judge.asked >= last or judge.time_is_up():
                 return best
             priced = judge.price(homes, execution)
             if priced.key < best.key:

@@ -57,8 +57,12 @@ def find(judge: Judge, *, turns: tuple[int, ...] = TURNS, tries: int = TRIES) ->
     schedules = {execution.schedule for execution in judge.executions}
     wanted = next((name for name in (SCHEDULE, FORWARD) if name in schedules), None)
     allowed = tuple(e for e in judge.executions if wanted is None or e.schedule == wanted)
-    deals = dict.fromkeys([_dealt(judge), *_cut(judge, allowed, turns)])
-    start = best_of(judge.price(homes, execution) for homes in deals for execution in allowed)
+    dealt = _dealt(judge)
+    start = best_of(judge.price(dealt, execution) for execution in allowed)
+    for homes in _cut(judge, allowed, turns):  # not all of them first: time may run out
+        if judge.time_is_up():
+            break
+        start = best_of((start, *(judge.price(homes, execution) for execution in allowed)))
     return Found(best=improve(judge, start, tries=tries), proof="exact cuts for the orders and rounds that were tried")
 
 
@@ -76,7 +80,7 @@ def _cut(judge: Judge, executions: tuple[Execution, ...], turns: tuple[int, ...]
                 continue
             chain = as_chain(judge, execution, turn)
             for order in _orders(judge, chain):
-                if judge.problem.time_is_up():
+                if judge.time_is_up():
                     return
                 if turn * len(order) <= len(judge.pieces):
                     names = [f"{name}#{lap}" for lap in range(turn) for name in order]

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from lightning_hetero.placement.executions import as_on_one_device, executions, on_one_device
 from lightning_hetero.placement.objective import Objective, fullest
-from lightning_hetero.placement.pieces import Piece, device_map, pieces_of
+from lightning_hetero.placement.pieces import Piece, device_map, pieces_of, share_map
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.plan.forecast import Execution, Forecast
+from lightning_hetero.plan.plan import Share
 from lightning_hetero.profile.costs import ModelProfile
 from lightning_hetero.profile.estimate import estimate_profile
 
 Homes = tuple[str, ...]  # the device of every piece
+Shares = tuple[tuple[Share, ...], ...]  # the replicas of every piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,7 @@ class Priced:
         excess: By which part of its limit the fullest device is overfull; 0 if all fit.
         value: What the objective makes of it; the lower the better.
         forecast: The prediction.
+        shares: Replicas of every piece, its home first; empty for a piece without, and altogether if there are none.
     """
 
     homes: Homes
@@ -33,6 +36,7 @@ class Priced:
     excess: float
     value: float
     forecast: Forecast
+    shares: Shares = ()
 
     @property
     def fits(self) -> bool:
@@ -42,7 +46,7 @@ class Priced:
     @property
     def devices(self) -> frozenset[str]:
         """Those that hold a piece."""
-        return frozenset(self.homes)
+        return frozenset(self.homes).union(share.device for of_piece in self.shares for share in of_piece)
 
     @property
     def key(self) -> tuple[float, float, int]:
@@ -68,9 +72,11 @@ class Judge:
         self.executions = executions(problem, self.profile.rows)
         self._alone = on_one_device(problem, self.executions)
         self.asked = 0
+        self._was_stopped = False
         self.objective = Objective(problem, self.profile)
         self.costs = self.objective.costs
         self._known: dict[tuple[Homes, Execution], Priced] = {}
+        self._shared: dict[tuple[Homes, Shares, Execution], Priced] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,6 +96,15 @@ class Judge:
             known = self._known[homes, execution] = self._price(homes, execution)
         return known
 
+    def price_shared(self, homes: Iterable[str], shares: Shares, execution: Execution) -> Priced:
+        """The price of a placement with replicas, which has to run as "forward"."""
+        homes = tuple(homes)
+        known = self._shared.get((homes, shares, execution))
+        if known is None:
+            self.asked += 1
+            known = self._shared[homes, shares, execution] = self._price(homes, execution, shares)
+        return known
+
     def best_execution(self, homes: Iterable[str]) -> Priced:
         """The best way to run a placement."""
         homes = tuple(homes)
@@ -102,27 +117,43 @@ class Judge:
     def singles(self) -> dict[str, Priced]:
         """The whole model on each device that may hold all of it."""
         return {
-            name: self.best_execution([name] * len(self.pieces))
-            for name in self.names
-            if all(name in piece.devices for piece in self.pieces)
+            name: self.price_alone(name) for name in self.names if all(name in piece.devices for piece in self.pieces)
         }
+
+    def price_alone(self, name: str) -> Priced:
+        """Everything on one device, in the best way to run that."""
+        return self.best_execution([name] * len(self.pieces))
 
     def priced(self) -> Iterable[Priced]:
         """Everything that was priced so far."""
-        return self._known.values()
+        return [*self._known.values(), *self._shared.values()]
+
+    def time_is_up(self) -> bool:
+        """Whether to take the best placement so far. Once it said so, the answer has a note of it."""
+        if self.problem.time_is_up():
+            self._was_stopped = True
+        return self._was_stopped
+
+    def stopped_note(self) -> tuple[str, ...]:
+        """A sentence, if the search was stopped before its end."""
+        if not self._was_stopped:
+            return ()
+        return (f"The search was stopped after {self.problem.time_limit_s:g} s; there may be better plans.",)
 
     def may_stand(self, homes: Iterable[str]) -> bool:
         """Whether every piece is on a device that is allowed to it."""
         return all(home in piece.devices for home, piece in zip(homes, self.pieces, strict=True))
 
-    def _price(self, homes: Homes, execution: Execution) -> Priced:
-        prediction, value = self.objective(device_map(self.pieces, homes), execution)
+    def _price(self, homes: Homes, execution: Execution, shares: Shares = ()) -> Priced:
+        shares_of = share_map(self.pieces, shares)
+        prediction, value = self.objective(device_map(self.pieces, homes), execution, shares_of)
         return Priced(
             homes=homes,
             execution=execution,
             excess=0.0 if prediction.fits else max(fullest(prediction.forecast) - 1.0, 1e-12),
             value=value,
             forecast=prediction.forecast,
+            shares=shares,
         )
 
 

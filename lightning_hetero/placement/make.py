@@ -1,16 +1,19 @@
-"""Makes a plan: asks a policy, checks the constraints, and predicts what it will take."""
+"""Makes plans: asks a policy, checks the constraints, and predicts what it will take."""
 
 from __future__ import annotations
 
-from lightning_hetero.errors import PlacementError
+from contextlib import suppress
+
+from lightning_hetero.errors import InfeasiblePlanError, PlacementError
 from lightning_hetero.placement.constraints import check_constraints
 from lightning_hetero.placement.executions import executions, on_one_device
 from lightning_hetero.placement.objective import Objective
 from lightning_hetero.placement.policy import Placement, PlacementPolicy
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.placement.refuse import infeasible
+from lightning_hetero.placement.replicas import places_of, replicated_execution
 from lightning_hetero.plan.build import build_plan
-from lightning_hetero.plan.forecast import Execution
+from lightning_hetero.plan.forecast import FORWARD, Execution
 from lightning_hetero.plan.plan import Plan
 from lightning_hetero.simulate.predict import Prediction
 
@@ -24,23 +27,43 @@ def make_plan(policy: PlacementPolicy, problem: Problem) -> Plan:
         PlacementError: The policy cannot be obeyed, left a unit without a device, or breaks a constraint.
         InfeasiblePlanError: By the profile, the plan needs more memory than some device has.
     """
+    return _plan(policy.place(problem), policy.name, problem)
+
+
+def make_plans(policy: PlacementPolicy, problem: Problem) -> tuple[Plan, ...]:
+    """The plan of `make_plan`, followed by those finalists of the policy that fit.
+
+    Raises:
+        PlacementError: As `make_plan`; also for a finalist.
+        InfeasiblePlanError: As `make_plan`.
+    """
     placement = policy.place(problem)
+    plans = [_plan(placement, policy.name, problem)]
+    for finalist in placement.finalists:
+        with suppress(InfeasiblePlanError):
+            plans.append(_plan(finalist, policy.name, problem))
+    return tuple(plans)
+
+
+def _plan(placement: Placement, policy: str, problem: Problem) -> Plan:
     missing = [name for name in problem.graph.names if name not in placement.device_of]
     if missing:
         raise PlacementError(
-            f"policy {policy.name!r} gave no device to {missing[0]!r}"
+            f"policy {policy!r} gave no device to {missing[0]!r}"
             + (f" and {len(missing) - 1} more units" if len(missing) > 1 else "")
             + ". A policy has to place every unit of `problem.graph`."
         )
-    check_constraints(placement.device_of, problem)
+    for device_of in places_of(placement.device_of, placement.shares_of):
+        check_constraints(device_of, problem)
     execution, prediction = _predicted(placement, problem)
     if prediction is not None and not prediction.fits:
-        raise infeasible(problem, prediction.forecast, execution, policy.name)
+        raise infeasible(problem, prediction.forecast, execution, policy)
     return build_plan(
         problem.graph,
         problem.inventory,
         placement.device_of,
-        policy=policy.name,
+        policy=policy,
+        shares_of=placement.shares_of,
         notes=placement.notes,
         training=problem.training,
         optimizer_factor=problem.optimizer_factor,
@@ -55,6 +78,8 @@ def make_plan(policy: PlacementPolicy, problem: Problem) -> Plan:
 def _predicted(placement: Placement, problem: Problem) -> tuple[Execution, Prediction | None]:
     """How the placement is to run, and what that will take if there is a profile of all its devices."""
     device_of, profile = placement.device_of, problem.profile
+    if placement.shares_of:
+        return _predicted_replicas(placement, problem)
     choices = _choices(placement, problem)
     if profile is None or not profile.units or not set(device_of.values()) <= set(profile.devices):
         return choices[0], None
@@ -62,6 +87,16 @@ def _predicted(placement: Placement, problem: Problem) -> tuple[Execution, Predi
     pairs = [(execution, *objective(device_of, execution)) for execution in choices]
     execution, prediction, _ = min(pairs, key=lambda triple: (not triple[1].fits, triple[2]))
     return execution, prediction
+
+
+def _predicted_replicas(placement: Placement, problem: Problem) -> tuple[Execution, Prediction | None]:
+    """The same for a placement with replicas, whose steps are predicted for the schedule "forward" only."""
+    execution, profile = placement.execution or replicated_execution(problem, placement.shares_of), problem.profile
+    names = {name for places in places_of(placement.device_of, placement.shares_of) for name in places.values()}
+    known = profile is not None and profile.units and names <= set(profile.devices)
+    if profile is None or not known or execution.schedule != FORWARD:
+        return execution, None
+    return execution, Objective(problem, profile)(placement.device_of, execution, placement.shares_of)[0]
 
 
 def _choices(placement: Placement, problem: Problem) -> list[Execution]:

@@ -66,7 +66,8 @@ class PieceCosts:
                 flows.append(
                     PieceFlow(source=source, target=target, size_bytes=flow.size_bytes(rows), chained=flow.chained)
                 )
-        waiting = min(len(names) + 1, execution.micro_batches) - 1  # sets of gradients, see `simulate.peak`
+        lanes = min(len(names) + 1, execution.micro_batches)
+        waiting = lanes if lanes > 1 else 0  # sets of gradients, see `simulate.peak`
         lines = costs.inputs if execution.rematerialize else costs.kept
         kept = [sum((lines[unit](rows) for unit in members), 0.0) for members in units]
 

@@ -9,6 +9,7 @@ from lightning_hetero.graph.model import Unit
 from lightning_hetero.placement.constraints import Rule, rules_for, units_together
 from lightning_hetero.placement.names import listing
 from lightning_hetero.placement.problem import Problem
+from lightning_hetero.plan.plan import Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,13 @@ def pieces_of(problem: Problem) -> tuple[Piece, ...]:
 def device_map(pieces: tuple[Piece, ...], homes: tuple[str, ...]) -> dict[str, str]:
     """Device name of every unit, from one name for each piece."""
     return {unit.name: home for piece, home in zip(pieces, homes, strict=True) for unit in piece.units}
+
+
+def share_map(pieces: tuple[Piece, ...], shares: tuple[tuple[Share, ...], ...]) -> dict[str, tuple[Share, ...]]:
+    """The replicas of every unit that has some, from those of each piece; no piece has any if none are given."""
+    if not shares:
+        return {}
+    return {unit.name: of for piece, of in zip(pieces, shares, strict=True) if of for unit in piece.units}
 
 
 def _merged(problem: Problem) -> list[list[Unit]]:

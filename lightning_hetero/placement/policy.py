@@ -10,6 +10,7 @@ from lightning_hetero.errors import PlacementError
 from lightning_hetero.placement.names import did_you_mean
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.plan.forecast import Alternative, Execution
+from lightning_hetero.plan.plan import Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,16 +20,21 @@ class Placement:
     Attributes:
         device_of: Device name of every unit.
         notes: The reasons, one sentence each, shown under the plan.
+        shares_of: The replicas of units that stand on several devices, the owner of the parameters first.
         execution: How a batch is to run; None: the best way that the problem allows, by prediction.
         proof: What is known about how good the answer is, in words.
         alternatives: What was considered and rejected, the best first.
+        finalists: Other placements that a few real steps may show to be faster, the best first. Who only plans leaves
+            them alone.
     """
 
     device_of: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
+    shares_of: Mapping[str, tuple[Share, ...]] = field(default_factory=dict)
     execution: Execution | None = None
     proof: str = ""
     alternatives: tuple[Alternative, ...] = ()
+    finalists: tuple[Placement, ...] = ()
 
 
 @runtime_checkable

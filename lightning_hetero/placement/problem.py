@@ -35,7 +35,7 @@ class Problem:
         objective: What to minimise. "step_time": seconds of a step. "throughput": the same, since the batch is given
             and steps do not overlap. "latency": seconds of the forward alone. "peak_memory": the share of its
             memory that the fullest device uses.
-        time_limit_s: What the caller grants; it is up to `out_of_time` to look at a clock.
+        time_limit_s: Seconds that the caller grants, for the notes; it is up to `out_of_time` to look at a clock.
         out_of_time: Asked now and then; once it says True, the best placement so far is taken.
 
     Raises:

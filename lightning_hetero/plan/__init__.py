@@ -4,7 +4,7 @@ from lightning_hetero.plan.build import build_plan
 from lightning_hetero.plan.check import check_memory, check_plan
 from lightning_hetero.plan.explain import explain
 from lightning_hetero.plan.forecast import Alternative, DeviceForecast, Execution, Forecast
-from lightning_hetero.plan.plan import MemoryNeed, Plan, Stage
+from lightning_hetero.plan.plan import MemoryNeed, Plan, Share, Stage
 
 __all__ = [
     "Alternative",
@@ -13,6 +13,7 @@ __all__ = [
     "Forecast",
     "MemoryNeed",
     "Plan",
+    "Share",
     "Stage",
     "build_plan",
     "check_memory",

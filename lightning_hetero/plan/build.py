@@ -7,7 +7,7 @@ from itertools import groupby
 
 from lightning_hetero.devices.spec import Inventory
 from lightning_hetero.graph.model import ModelGraph, Unit
-from lightning_hetero.plan.plan import Alternative, Execution, Forecast, MemoryNeed, Plan, Stage
+from lightning_hetero.plan.plan import Alternative, Execution, Forecast, MemoryNeed, Plan, Share, Stage
 
 
 def build_plan(
@@ -16,6 +16,7 @@ def build_plan(
     device_of: Mapping[str, str],
     *,
     policy: str,
+    shares_of: Mapping[str, tuple[Share, ...]] | None = None,
     notes: Iterable[str] = (),
     training: bool = True,
     optimizer_factor: float = 0.0,
@@ -33,6 +34,7 @@ def build_plan(
         inventory: The devices to choose from.
         device_of: Device name of every unit of `graph`.
         policy: Name of the policy that decided.
+        shares_of: The replicas of units that stand on several devices, the owner first.
         notes: Its reasons.
         training: Whether gradients and optimizer state are needed.
         optimizer_factor: Bytes of optimizer state for each byte of trained parameter.
@@ -44,7 +46,10 @@ def build_plan(
         seed: Of whatever was random in the search.
     """
     stages = []
-    for device, run in groupby(graph.units, key=lambda unit: device_of[unit.name]):
+    shares_of = shares_of or {}
+    for (device, shares), run in groupby(
+        graph.units, key=lambda unit: (device_of[unit.name], shares_of.get(unit.name, ()))
+    ):
         units = tuple(run)
         need = sum((unit_need(unit, training, optimizer_factor) for unit in units), MemoryNeed())
         stages.append(
@@ -53,6 +58,7 @@ def build_plan(
                 units=tuple(unit.name for unit in units),
                 parameters=sum(unit.parameters for unit in units),
                 need=need,
+                shares=shares,
             )
         )
     return Plan(

@@ -22,6 +22,7 @@ def check_plan(plan: Plan, graph: ModelGraph) -> None:
     """
     _check_units(plan, graph)
     _check_devices(plan)
+    _check_shares(plan)
     _check_ties(plan, graph)
     check_memory(plan, graph)
 
@@ -117,6 +118,37 @@ def _check_devices(plan: Plan) -> None:
                 f"{_listing(stage.units)} would be trained on {stage.device!r}, a {inventory[stage.device].kind} "
                 f"that PyTorch cannot train on; it can only run an exported model. Devices that can train: {able}."
             )
+
+
+def _check_shares(plan: Plan) -> None:
+    inventory = plan.inventory
+    able = ", ".join(device.name for device in inventory.trainable)
+    for stage in plan.stages:
+        names = [share.device for share in stage.shares]
+        if not names:
+            continue
+        if names[0] != stage.device or len(set(names)) != len(names):
+            raise PlacementError(
+                f"the replicas of {_listing(stage.units)} have to be on different devices, that of its parameters "
+                f"({stage.device!r}) first; got {names}."
+            )
+        if not all(share.share > 0 for share in stage.shares):
+            got = ", ".join(f"{share.device}: {share.share:g}" for share in stage.shares)
+            raise PlacementError(
+                f"every replica of {_listing(stage.units)} needs a share above 0, got {got}. Leave out who gets "
+                "nothing."
+            )
+        unable = [name for name in names if name not in inventory or not inventory[name].trainable]
+        if plan.training and unable:
+            raise PlacementError(
+                f"a replica of {_listing(stage.units)} would be trained on {unable[0]!r}, which is no device that can "
+                f"train here: {able}."
+            )
+    if plan.execution.micro_batches < 2 and any(stage.shares for stage in plan.stages):
+        raise PlacementError(
+            "replicas share a batch by its micro-batches, and there is only 1. Set micro_batches to at least the "
+            "number of replicas."
+        )
 
 
 def _check_ties(plan: Plan, graph: ModelGraph) -> None:

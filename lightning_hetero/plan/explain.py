@@ -13,19 +13,22 @@ DEVICE_HEADER = ("device", "computes", "slack", "receives", "peak memory", "capa
 
 
 def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """One row for each stage, under `HEADER`; idle devices and what the root holds besides come last."""
+    """One row for each stage and replica, under `HEADER`; idle devices and what the root holds besides come last."""
     rows: list[tuple[str, ...]] = []
     capacity = {device.name: device.memory_bytes for device in plan.devices}
     for index, stage in enumerate(plan.stages):
-        rows.append(
-            (
-                str(index),
-                stage.device,
-                unit_range(stage.units),
-                f"{stage.parameters:,}",
-                *_memory(stage.need.total_bytes, capacity[stage.device]),
+        total = sum(share.share for share in stage.shares)
+        part = {share.device: f" ({_share(share.share, total)})" for share in stage.shares}
+        for name in part or (stage.device,):
+            rows.append(
+                (
+                    str(index),
+                    name + part.get(name, ""),
+                    unit_range(stage.units) + (", recomputed" if stage.activation_checkpointing else ""),
+                    f"{stage.parameters:,}" if name == stage.device else "replica",
+                    *_memory(stage.need_on(name).total_bytes, capacity[name]),
+                )
             )
-        )
     if plan.loose.total_bytes:
         rows.append(
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_hetero.errors import ScheduleError
 
@@ -19,14 +20,18 @@ class Execution:
         schedule: "whole": one unit after the other. "forward": `micro_batching="forward"`, where the loss sees the
             whole batch. Any other word: the schedule of that name with `micro_batching="step"`.
         rematerialize: Whether the backward runs forwards again instead of keeping activations; with "forward" only.
+        weights: Shares of the rows that micro-batches get, in proportion to each other; none: all the same.
 
     Raises:
-        ScheduleError: The three contradict each other.
+        ScheduleError: They contradict each other.
     """
+
+    LATER_FIELDS: ClassVar[tuple[str, ...]] = ("weights",)
 
     micro_batches: int = 1
     schedule: str = WHOLE
     rematerialize: bool = False
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.micro_batches < 1:
@@ -39,6 +44,11 @@ class Execution:
         if self.rematerialize and self.schedule != FORWARD:
             raise ScheduleError(
                 f"schedule {self.schedule!r} keeps its activations; rematerialize needs the schedule 'forward'"
+            )
+        if self.weights and (len(self.weights) != self.micro_batches or not all(w > 0 for w in self.weights)):
+            raise ScheduleError(
+                f"weights are shares of the rows, one above 0 for each of the {self.micro_batches} micro-batches, got "
+                f"{self.weights}"
             )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 from lightning_hetero.devices.spec import DeviceSpec, Inventory
 from lightning_hetero.errors import PlanFileError
@@ -19,6 +19,7 @@ __all__ = [
     "Forecast",
     "MemoryNeed",
     "Plan",
+    "Share",
     "Stage",
 ]
 
@@ -52,20 +53,47 @@ class MemoryNeed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """Consecutive units that run together on one device.
+class Share:
+    """The part of every batch that one replica of a stage gets.
 
     Attributes:
-        device: Name of the device.
+        device: Name of the replica's device.
+        share: How much it gets, in proportion to the other replicas; above 0.
+    """
+
+    device: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Consecutive units that run together on one device, or on several that share the rows of a batch.
+
+    Attributes:
+        device: Name of the device that owns the parameters.
         units: Module names in order of definition.
         parameters: Number of parameters.
         need: Bytes that the units keep on the device.
+        shares: The replicas, the owner first; none if the owner does everything.
+        activation_checkpointing: Whether its layers keep their inputs only, and run again in the backward.
     """
+
+    LATER_FIELDS: ClassVar[tuple[str, ...]] = ("shares", "activation_checkpointing")
 
     device: str
     units: tuple[str, ...]
     parameters: int
     need: MemoryNeed
+    shares: tuple[Share, ...] = ()
+    activation_checkpointing: bool = False
+
+    def need_on(self, device: str) -> MemoryNeed:
+        """Bytes that it keeps on a device: a replica has no optimizer state."""
+        if device == self.device:
+            return self.need
+        if device not in {share.device for share in self.shares}:
+            return MemoryNeed()
+        return replace(self.need, optimizer_bytes=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,13 +144,30 @@ class Plan:
 
     @property
     def device_of(self) -> dict[str, str]:
-        """Device name of each unit."""
+        """Device name of each unit; of a replicated one, that of its owner."""
         return {unit: stage.device for stage in self.stages for unit in stage.units}
+
+    @property
+    def shares_of(self) -> dict[str, tuple[Share, ...]]:
+        """The replicas of each unit that has some."""
+        return {unit: stage.shares for stage in self.stages if stage.shares for unit in stage.units}
+
+    @property
+    def checkpointed(self) -> tuple[str, ...]:
+        """The units of stages with activation checkpointing."""
+        return tuple(unit for stage in self.stages if stage.activation_checkpointing for unit in stage.units)
+
+    def with_checkpointing(self, units: Collection[str]) -> Plan:
+        """The same plan with activation checkpointing for the stages of these units, and for no others."""
+        chosen = set(units)
+        stages = (replace(stage, activation_checkpointing=not chosen.isdisjoint(stage.units)) for stage in self.stages)
+        return replace(self, stages=tuple(stages))
 
     @property
     def used(self) -> tuple[DeviceSpec, ...]:
         """The devices that run at least one unit, in the order of the inventory."""
         names = {stage.device for stage in self.stages}
+        names |= {share.device for stage in self.stages for share in stage.shares}
         return tuple(device for device in self.devices if device.name in names)
 
     @property
@@ -135,8 +180,7 @@ class Plan:
         """What the plan asks of one device."""
         need = self.loose if device == self.root.name else MemoryNeed()
         for stage in self.stages:
-            if stage.device == device:
-                need = need + stage.need
+            need = need + stage.need_on(device)
         return need
 
     def to_dict(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _read(kind: Any, value: object) -> Any:
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
         return float(value)
     if is_dataclass(kind) and isinstance(kind, type):
-        return read_record(kind, value)
+        return read_record(kind, value, optional=getattr(kind, "LATER_FIELDS", ()))
     if isinstance(kind, UnionType):
         some = next(part for part in get_args(kind) if part is not NoneType)
         return None if value is None else _read(some, value)

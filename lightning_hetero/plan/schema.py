@@ -44,7 +44,7 @@ def _record(cls: type[Any], records: dict[str, Any]) -> dict[str, Any]:
         "description": (cls.__doc__ or cls.__name__).splitlines()[0],
         "type": "object",
         "properties": properties,
-        "required": [field.name for field in fields(cls) if cls is not DeviceSpec or not _has_default(field)],
+        "required": [field.name for field in fields(cls) if not _may_be_missing(cls, field)],
         "additionalProperties": False,
     }
 
@@ -65,8 +65,10 @@ def _type(kind: Any, records: dict[str, Any]) -> dict[str, Any]:
     return dict(_PLAIN[kind])
 
 
-def _has_default(field: Field[Any]) -> bool:
-    return field.default is not MISSING or field.default_factory is not MISSING
+def _may_be_missing(cls: type[Any], field: Field[Any]) -> bool:
+    if cls is DeviceSpec:
+        return field.default is not MISSING or field.default_factory is not MISSING
+    return field.name in getattr(cls, "LATER_FIELDS", ())
 
 
 PLAN_SCHEMA = plan_schema()

@@ -14,7 +14,7 @@ from lightning_hetero.plan import Execution, Plan
 from lightning_hetero.testing.inventories import inventory_of
 
 Measured = Callable[..., Problem]
-POLICIES = ["auto", "even", "memory_first", "proportional", "exact", "dag", "heft", "interleaved"]
+POLICIES = ["auto", "measured", "even", "memory_first", "proportional", "exact", "dag", "heft", "interleaved"]
 
 
 def six(measured: Measured, **options: Any) -> Problem:
@@ -237,3 +237,20 @@ def test_without_a_profile_a_spread_plan_runs_as_asked(
     assert len(plan.used) == 2
     assert plan.execution == expected
     assert plan.forecast is None
+
+
+def test_auto_says_what_each_rule_costs(measured: Measured) -> None:
+    """Two devices share the rows in half the time of one; u.0 on the root is no loss."""
+    rules = Constraints(forbidden=("dev:1",), together=(("u.0", "u.1"),))
+    notes = plan_of("auto", measured([0.002] * 6, [1.0, 1.0], constraints=rules)).notes
+    assert any(
+        note.startswith("The rule 'forbidden' costs +9") or note.startswith("The rule 'forbidden' costs +100 %")
+        for note in notes
+    )
+    assert "The rule 'together' costs nothing: no better plan was found without it." in notes
+    assert not any("'pins'" in note or "'trusted'" in note for note in notes)
+
+
+def test_a_rule_whose_price_nobody_has_time_for_has_none(measured: Measured) -> None:
+    problem = measured([0.002] * 6, [1.0, 1.0], constraints=Constraints(forbidden=("dev:1",)), out_of_time=lambda: True)
+    assert not any(note.startswith("The rule") for note in plan_of("auto", problem).notes)

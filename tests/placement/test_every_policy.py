@@ -13,8 +13,8 @@ from lightning_hetero.placement import ExactPolicy, ManualPolicy, PlacementPolic
 from lightning_hetero.plan import check_plan
 from lightning_hetero.testing.inventories import inventory_of
 
-SEARCHES = ["proportional", "exact", "dag", "heft", "interleaved"]
-POLICIES = ["auto", "single", "even", "memory_first", *SEARCHES, "round_robin", "map"]
+SEARCHES = ["proportional", "exact", "dag", "heft", "interleaved", "replicate", "hybrid"]
+POLICIES = ["auto", "measured", "single", "even", "memory_first", *SEARCHES, "round_robin", "map"]
 
 
 def policy_named(name: str) -> PlacementPolicy:

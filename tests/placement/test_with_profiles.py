@@ -22,13 +22,15 @@ from lightning_hetero.placement import (
     make_plan,
 )
 from lightning_hetero.placement.executions import executions
-from lightning_hetero.plan import Execution, Plan, check_plan
+from lightning_hetero.placement.replicas import places_of
+from lightning_hetero.plan import Execution, Plan, Share, check_plan
 from lightning_hetero.schedule import schedule_names
 from lightning_hetero.simulate import Costs, Prediction, predict
+from lightning_hetero.simulate.replicas import predict_replicas
 
 SEARCHES = ["proportional", "exact", "dag", "heft", "interleaved"]
 FIXED = ["even", "memory_first", *SEARCHES]
-POLICIES = ["auto", "single", *FIXED, "map"]
+POLICIES = ["auto", "measured", "single", *FIXED, "map"]
 Measured = Callable[..., Problem]
 
 
@@ -36,9 +38,16 @@ def policy_named(name: str) -> PlacementPolicy:
     return ManualPolicy({"u.0": "dev:0", "": "auto"}) if name == "map" else get_policy(name)
 
 
-def predicted(problem: Problem, device_of: dict[str, str], execution: Execution) -> Prediction:
+def predicted(
+    problem: Problem,
+    device_of: dict[str, str],
+    execution: Execution,
+    shares_of: dict[str, tuple[Share, ...]] | None = None,
+) -> Prediction:
     assert problem.profile is not None
     costs = Costs(problem.graph, problem.inventory, problem.profile, problem.training, problem.optimizer_factor)
+    if shares_of:
+        return predict_replicas(costs, device_of, shares_of, execution)
     return predict(costs, device_of, execution)
 
 
@@ -106,12 +115,18 @@ def test_a_plan_fits_and_respects_all_constraints(measured: Measured, name: str,
         assert name in ("single", "map") or not some_placement_is_allowed(problem)
         return
     check_plan(plan, problem.graph)
-    check_constraints(plan.device_of, problem)
-    prediction = predicted(problem, plan.device_of, plan.execution)
+    for device_of in places_of(plan.device_of, plan.shares_of):
+        check_constraints(device_of, problem)
+    prediction = predicted(problem, plan.device_of, plan.execution, plan.shares_of)
     assert prediction.fits
     assert plan.forecast == prediction.forecast
     assert plan.objective == problem.objective
     allowed = executions(problem, problem.profile.rows if problem.profile else 1)
+    if plan.shares_of:
+        assert problem.micro_batches in (None, plan.execution.micro_batches)
+        assert plan.execution.schedule == "forward"
+        assert "forward" in problem.schedules
+        return
     assert plan.execution in allowed or (len(plan.used) == 1 and plan.execution == Execution())
 
 
@@ -201,7 +216,7 @@ def test_auto_spreads_where_that_is_clearly_faster_and_says_what_it_left_idle(me
 
 
 def test_auto_stays_on_one_device_for_a_gain_that_may_be_none(measured: Measured) -> None:
-    problem = measured([0.004] * 6, [1.0, 0.2], overhead_s=1e-5, launch_s=1e-4)
+    problem = measured([0.004] * 6, [1.0, 0.2], overhead_s=1e-5, launch_s=1e-4, parameter_bytes=10**6, bytes_per_s=1e8)
     careful, eager = make_plan(AutoPolicy(), problem), make_plan(AutoPolicy(least_gain=0.0), problem)
     assert careful.forecast is not None
     assert eager.forecast is not None
@@ -271,8 +286,8 @@ def test_a_search_that_is_out_of_time_still_answers(measured: Measured) -> None:
 
 def test_peak_memory_spreads_what_time_would_keep_together(measured: Measured) -> None:
     memory = 20_000
-    quick = make_plan(get_policy("auto"), measured([0.001] * 6, [1.0, 0.1], memory=memory))
-    small = make_plan(get_policy("auto"), measured([0.001] * 6, [1.0, 0.1], memory=memory, objective="peak_memory"))
+    quick = make_plan(get_policy("auto"), measured([0.001] * 6, [1.0, 0.01], memory=memory))
+    small = make_plan(get_policy("auto"), measured([0.001] * 6, [1.0, 0.01], memory=memory, objective="peak_memory"))
     assert quick.forecast is not None
     assert small.forecast is not None
     assert len(quick.used) == 1

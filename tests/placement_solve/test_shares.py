@@ -109,3 +109,11 @@ def test_rows_that_no_sum_reaches_are_refused() -> None:
         "7 rows are no sum of the sizes that the devices can run (a: 2, 4; b: none). "
         "Measure one row on some device, or change the batch."
     )
+
+
+def test_a_device_gets_no_more_rows_than_it_may() -> None:
+    fast = ShareDevice(name="fast", seconds={1: 1.0, 2: 2.0}, most_rows=3)
+    slow = ShareDevice(name="slow", seconds={1: 5.0})
+    assert [share.rows for share in solve_shares([fast, slow], rows=5).shares] == [3, 2]
+    with pytest.raises(InfeasiblePlanError, match="5 rows are no sum"):
+        solve_shares([fast], rows=5)

@@ -18,10 +18,12 @@ class ShareDevice:
         name: Its name, unique in the problem.
         seconds: Time of a step by rows: {1: 0.02, 8: 0.05}. Leave out what does not fit in its memory. It runs any
             number of rows that is a sum of these, one after another.
+        most_rows: How many rows it may get in all; None: any number.
     """
 
     name: str
     seconds: Mapping[int, float]
+    most_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ def solve_shares(devices: Sequence[ShareDevice], rows: int) -> SharesAnswer:
         ([('slow', (1,)), ('fast', (4, 4))], 4.0)
     """
     _check(devices, rows)
-    tables = {device.name: _fastest(device.seconds, rows) for device in devices}
+    tables = {device.name: _fastest(device, rows) for device in devices}
     by_speed = sorted(devices, key=_seconds_per_row)
     times = sorted({time for table in tables.values() for time in table if time < float("inf")})
     possible = [tables[device.name] for device in by_speed]
@@ -107,12 +109,12 @@ def _seconds_per_row(device: ShareDevice) -> float:
     return min((time / size for size, time in device.seconds.items()), default=float("inf"))
 
 
-def _fastest(seconds: Mapping[int, float], rows: int) -> list[float]:
+def _fastest(device: ShareDevice, rows: int) -> list[float]:
     """Least time of 0 to `rows` rows, run as any sum of the sizes in the table."""
     best = [0.0] + [float("inf")] * rows
-    for total in range(1, rows + 1):
+    for total in range(1, 1 + min(rows, rows if device.most_rows is None else device.most_rows)):
         best[total] = min(
-            (best[total - size] + time for size, time in seconds.items() if size <= total), default=best[total]
+            (best[total - size] + time for size, time in device.seconds.items() if size <= total), default=best[total]
         )
     return best
 
