@@ -34,17 +34,28 @@ from lightning_hetero.strategy.trial import WARM_CUT, in_effect, name_of
 
 # The third one is used by no plan: the others are as slow as they are because it is so fast.
 DEVICES, FORBIDDEN = "cpu@speed=4,cpu@speed=3,cpu@speed=16", "emulated:2"
-POLICIES = ("single", "even", "memory_first", "proportional", "exact", "dag", "heft", "interleaved", "halves")
+POLICIES = (
+    "single", "even", "memory_first", "proportional", "exact", "dag", "heft", "interleaved", "replicate", "hybrid",
+    "halves",
+)  # fmt: skip
 QUICK_POLICIES = ("single", "even")
-STEPS, QUICK_STEPS = 40, 14
-TURNS, TURN_STEPS = 5, 6
+STEPS, QUICK_STEPS = 42, 10
+PLANNED = 150  # steps of the run, as far as the strategy knows, so that it may try plans as long as it likes
+TURNS, TURN_STEPS, QUICK_TURN_STEPS = 5, 6, 1
+QUICK_PROFILED = "mlp"  # the only model that a quick run measures
 
 
 class Classifier(pl.LightningModule):
-    """A model of `MODELS` that sorts its inputs into ten classes, and when its steps began."""
+    """A model of `MODELS` that sorts its inputs into ten classes, and when its steps began.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Of the model.
+        steps: When it stops training.
+    """
+
+    def __init__(self, name: str, steps: int = 0) -> None:
         super().__init__()
+        self.steps = steps
         torch.manual_seed(0)
         self.net: nn.Module = MODELS[name][0]()
         self.begun_s: list[float] = []
@@ -56,26 +67,29 @@ class Classifier(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, index: int) -> None:  # noqa: D102
         self.begun_s.append(time.perf_counter())
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:  # noqa: D102
+        self.trainer.should_stop = index + 1 == self.steps
+
     def configure_optimizers(self) -> torch.optim.Optimizer:  # noqa: D102
         return torch.optim.Adam(self.parameters())
 
 
 def train(name: str, steps: int, **options: Any) -> tuple[Plan, list[float]]:
     """Train a model for some steps. The plan in the end, and seconds from each step to the next one."""
-    module = Classifier(name)
+    module = Classifier(name, steps)
     x = torch.cat([MODELS[name][1](), MODELS[name][1]()])
     batch = x, torch.randint(10, (len(x),))
     strategy = HeteroStrategy(verbose=False, **options)
     trainer = pl.Trainer(
         strategy=strategy,
-        max_steps=steps,
+        max_steps=PLANNED,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, torch.utils.data.DataLoader([*islice(cycle([batch]), steps)], batch_size=None))
+    trainer.fit(module, torch.utils.data.DataLoader([*islice(cycle([batch]), PLANNED)], batch_size=None))
     assert strategy.plan is not None
     return strategy.plan, [end_s - begin_s for begin_s, end_s in zip(module.begun_s, module.begun_s[1:], strict=False)]
 
@@ -93,8 +107,9 @@ def compare(name: str, folder: Path, quick: bool) -> tuple[float, float]:
     options: dict[str, Any] = {"devices": DEVICES, "constraints": {"forbidden": [FORBIDDEN]}}
     plans: dict[str, Plan] = {}
     for policy in ("auto", *(QUICK_POLICIES if quick else POLICIES)):
-        steps = QUICK_STEPS if quick else STEPS
-        plans[policy], _ = train(name, steps, placement=placement(policy, name), profile="always", **options)
+        profile = "never" if quick and name != QUICK_PROFILED else "always"
+        steps = 2 if profile == "never" else QUICK_STEPS if quick else STEPS
+        plans[policy], _ = train(name, steps, placement=placement(policy, name), profile=profile, **options)
     of_plan: dict[str, list[float]] = {}
     for plan in plans.values():
         of_plan.setdefault(repr(in_effect(plan)), [])
@@ -103,7 +118,8 @@ def compare(name: str, folder: Path, quick: bool) -> tuple[float, float]:
             plan = next(plan for plan in plans.values() if repr(in_effect(plan)) == effect)
             file = folder / "plan.json"
             file.write_text(plan.to_json())
-            _, seconds = train(name, WARM_CUT + TURN_STEPS, plan=file, profile="never", **options)
+            steps = WARM_CUT + (QUICK_TURN_STEPS if quick else TURN_STEPS)
+            _, seconds = train(name, steps + 1, plan=file, profile="never", **options)
             turns.append(min(seconds[WARM_CUT:]))
     step_s = {policy: statistics.median(of_plan[repr(in_effect(plan))]) for policy, plan in plans.items()}
     show(name, plans, step_s)

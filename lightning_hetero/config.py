@@ -45,6 +45,8 @@ class PlacementConf:
         objective: "step_time", "throughput", "latency" or "peak_memory".
         plan: Path of a plan file to obey instead of deciding anew.
         profile: "auto", "always" or "never": whether to measure the model in the first steps, and plan anew.
+        replan: "never" or "auto": whether to plan anew where steps stay slower or faster than they were.
+        time_limit_s: Seconds that a policy may search.
         device_profile: Path of a file with measured numbers of the devices.
     """
 
@@ -55,6 +57,8 @@ class PlacementConf:
     objective: str = "step_time"
     plan: Optional[str] = None  # noqa: UP045
     profile: str = "auto"
+    replan: str = "never"
+    time_limit_s: float = 10.0
     device_profile: Optional[str] = None  # noqa: UP045
 
 
@@ -68,6 +72,8 @@ class ScheduleConf:
         rule: Name of the schedule for "step".
         rematerialize: Whether the backward runs forwards again instead of keeping activations, with "forward"; or
             "auto", which leaves it to the plan.
+        activation_checkpointing: True, false, or a list of devices whose layers keep their inputs only and run again
+            in the backward; null does what a plan file says.
         batch_norm: "whole", or "defer" for statistics of micro-batches, with "forward".
     """
 
@@ -75,6 +81,7 @@ class ScheduleConf:
     micro_batching: str = "forward"
     rule: Optional[str] = None  # noqa: UP045
     rematerialize: Any = False
+    activation_checkpointing: Any = None
     batch_norm: str = "whole"
 
 

@@ -44,7 +44,10 @@ class HeteroConf:
     micro_batching: str = "forward"
     schedule: Optional[str] = None  # noqa: UP045
     rematerialize: Any = False
+    activation_checkpointing: Any = None
     profile: str = "auto"
+    replan: str = "never"
+    planning_limit_s: float = 10.0
     device_profile: Optional[str] = None  # noqa: UP045
     batch_norm: str = "whole"
     hang_timeout_s: float = 600.0

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,7 @@ from lightning_hetero.placement import Constraints, PlacementPolicy
 from lightning_hetero.placement.problem import OBJECTIVES
 from lightning_hetero.plan import Plan
 from lightning_hetero.plan.forecast import FORWARD, WHOLE
+from lightning_hetero.profile import ModelProfile
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.record import Recording
 from lightning_hetero.runtime.engine.stepper import Stepper
@@ -32,9 +34,12 @@ from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.schedule import get_schedule
 from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
+from lightning_hetero.strategy.activation_checkpointing import ActivationCheckpointing
+from lightning_hetero.strategy.busy import BusyTable, busy_table
 from lightning_hetero.strategy.checkpoint import on_cpu
 from lightning_hetero.strategy.first_steps import PROFILE, FirstSteps, can_gain, steps_left
 from lightning_hetero.strategy.memory import readable_out_of_memory
+from lightning_hetero.strategy.online import REPLAN, Online
 from lightning_hetero.strategy.optimizers import (
     check_optimizers,
     exchange_parameters,
@@ -56,6 +61,8 @@ from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
 from lightning_hetero.strategy.refusals import check_callbacks, check_processes
 from lightning_hetero.strategy.report import print_plan, save_plan
 from lightning_hetero.strategy.steps import RECORDED, merged_output, replay
+from lightning_hetero.strategy.trial import in_effect
+from lightning_hetero.strategy.watch import Watch
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import SingleDeviceStrategy as _Base
@@ -100,12 +107,21 @@ class HeteroStrategyCore(_Base):
             micro-batches alive; the default), "gpipe" (all forwards first), "interleaved_1f1b" or "sequential".
         rematerialize: Whether the backward runs the forward of each micro-batch again instead of keeping what it needs
             of all of them: less memory, one forward more. Only with micro-batches. "auto" leaves it to the plan.
+        activation_checkpointing: True lets the layers on all devices keep their inputs only and run again in the
+            backward, with the same random numbers; a list of names of devices, those on these devices. With and without
+            micro-batches, in every schedule; results stay the same bit for bit. Hooks of user code on modules inside
+            of layers, and attributes that a forward counts up, see both runs. None does what a plan file says, and
+            False nothing. Not together with `rematerialize`.
         batch_norm: "whole" runs modules with batch normalisation in training on whole batches, as one device does.
             "defer" cuts them: each micro-batch is normalised by its own mean and variance, and the running statistics
             are those of the whole batch. Results then differ from those of one device.
         profile: Whether the first steps of training are watched, the model measured on every device, and the plan made
             anew with what that says. "auto" does so if the run is long enough to gain from it, "always" and "never" do
             what they say.
+        replan: "auto" watches the seconds of steps through the whole run once the model is measured. If they stay more
+            than a fifth away from what they were, one step is recorded, the plan is made anew, and the model moves if
+            that pays for the rest of the run. "never" keeps the plan of the first steps.
+        planning_limit_s: Seconds that a policy may search for a plan; the best one so far is taken then.
         device_profile: File with measured numbers of the devices, as `lightning-hetero devices --measure --json` prints
             them; None measures them, and keeps them in the user's cache.
         hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads.
@@ -116,7 +132,8 @@ class HeteroStrategyCore(_Base):
     Raises:
         PlacementError: The placement is no policy.
         InventoryError: `device_profile` cannot be read.
-        UsageError: `micro_batches` or `hang_timeout_s` is no number above 0, or a word is not known.
+        UsageError: `micro_batches`, `planning_limit_s` or `hang_timeout_s` is no number above 0, or a word is not
+            known.
     """
 
     strategy_name = "hetero"
@@ -137,8 +154,11 @@ class HeteroStrategyCore(_Base):
         micro_batching: str = "forward",
         schedule: str | None = None,
         rematerialize: bool | str = False,
+        activation_checkpointing: bool | list[str] | None = None,
         batch_norm: str = "whole",
         profile: str = "auto",
+        replan: str = "never",
+        planning_limit_s: float = 10.0,
         device_profile: str | Path | None = None,
         hang_timeout_s: float = 600.0,
         verbose: bool = True,
@@ -159,6 +179,10 @@ class HeteroStrategyCore(_Base):
             rematerialize=yes_no_or_auto("rematerialize", rematerialize),
             constraints=as_constraints(constraints),
             objective=one_of("objective", objective, OBJECTIVES),
+            time_limit_s=positive_seconds("planning_limit_s", planning_limit_s),
+        )
+        self._checkpointing = ActivationCheckpointing.of(
+            activation_checkpointing, self._plan_file, self._terms.rematerialize
         )
         self._pipelining = Pipelining(
             defers_batch_norm=one_of("batch_norm", batch_norm, ("whole", "defer")) == "defer",
@@ -167,10 +191,12 @@ class HeteroStrategyCore(_Base):
             around=self._moment,
         )
         self._profile = one_of("profile", profile, PROFILE)
+        self._replan = one_of("replan", replan, REPLAN)
         self._device_profile = None if device_profile is None else Path(device_profile)
         if self._device_profile is not None:
             read_device_profile(self._device_profile)  # a damaged one is refused before anything runs
-        self._first_steps: FirstSteps | None = None
+        self._watch: Watch | None = None  # of steps, which may change the plan between them
+        self._measured: tuple[Planning, ModelProfile] | None = None
         self._stepper: Stepper | None = None
         self._verbose = verbose
         self._inventory: Inventory | None = None
@@ -189,6 +215,7 @@ class HeteroStrategyCore(_Base):
     @parallel_devices.setter
     def parallel_devices(self, devices: Sequence[torch.device]) -> None:
         self._inventory = requested_inventory(self._devices, devices, self._memory)
+        self._checkpointing.check(self._inventory)
         self._root_device = torch.device(str(self._inventory.root.torch_device))
         fits = self._accelerator is not None and _serves(self._accelerator, self._root_device)
         if not fits:
@@ -245,6 +272,23 @@ class HeteroStrategyCore(_Base):
         with self._placed.recording() as recording:
             yield recording
 
+    def forecast_against_measured(self, recording: Recording, steps: int = 1) -> BusyTable:
+        """Seconds that each device was predicted to work on its units in a step, and those that it took.
+
+        Args:
+            recording: From `recording()`, after its block.
+            steps: How many steps it saw.
+
+        Raises:
+            UsageError: The model was not measured in this run.
+        """
+        if self._measured is None or self._plan is None:
+            raise UsageError(
+                "the model was not measured in this run, so nothing was predicted; set profile='always', and ask after "
+                "the first steps"
+            )
+        return busy_table(*self._measured, self._plan, recording.timeline, steps)
+
     def _moment(self) -> tuple[int, int]:
         """Epoch and step: user code may do something else from some epoch on."""
         module: Any = self.lightning_module
@@ -292,13 +336,14 @@ class HeteroStrategyCore(_Base):
             assert self._plan is not None
             if factor != self._plan.optimizer_factor:
                 self._place(planning.with_optimizer(factor))
+            self._measured = None
             if can_gain(planning, self._profile) and not trainer.fast_dev_run:
-                self._first_steps = FirstSteps(
+                self._watch = FirstSteps(
                     planning,
                     self._plan,
                     factor,
                     always=self._profile == "always",
-                    steps_left=lambda: steps_left(trainer),
+                    steps_left=partial(steps_left, trainer),
                     device_profile=self._device_profile,
                 )
         self._check(trainer)
@@ -333,7 +378,6 @@ class HeteroStrategyCore(_Base):
         if self._placed is not before:
             self._begin(fitting=True)
         self._check(trainer)
-        self._show(trainer)
 
     def _make_stepper(self) -> Stepper | None:
         """What runs training steps in micro-batches; None if they run once on the whole batch."""
@@ -356,7 +400,9 @@ class HeteroStrategyCore(_Base):
         Lightning calls this while another exception is on its way to the user; that one must not be hidden.
         """
         try:
-            self._first_steps = None
+            watch, self._watch = self._watch, None
+            if watch is not None:
+                watch.close()
             self._release(torch.device("cpu"))
             super().teardown()
         except Exception:
@@ -382,14 +428,17 @@ class HeteroStrategyCore(_Base):
     def _place(self, plan: Plan) -> None:
         """Put a plan into effect, or go over from another one to it."""
         assert self.model is not None
+        rematerialize = plan.execution.rematerialize or self._terms.rematerialize is True
+        plan = self._checkpointing.applied(plan, rematerialize)
         previous, self._plan = self._plan, plan
-        if self._placed is not None and previous is not None and _in_effect(previous) == _in_effect(plan):
+        if self._placed is not None and previous is not None and in_effect(previous) == in_effect(plan):
             return
         self._release(None)
         pipelining = replace(
             self._pipelining,
             micro_batches=plan.execution.micro_batches,
-            rematerialize=plan.execution.rematerialize or self._terms.rematerialize is True,
+            weights=plan.execution.weights,
+            rematerialize=rematerialize,
         )
         self._placed = PlacedModel(self.model, plan, pipelining)
         if isinstance(self._precision_plugin, HeteroMixedPrecisionCore):
@@ -416,13 +465,14 @@ class HeteroStrategyCore(_Base):
     def _show(self, trainer: Any) -> None:
         plan = self._plan
         assert plan is not None
-        if _in_effect(plan) == self._shown or trainer.fast_dev_run:
+        if trainer.fast_dev_run:
             return
-        self._shown = _in_effect(plan)
-        if self._verbose and len(plan.used) > 1:
-            print_plan(plan)
-        elif self._verbose:
-            log.info("%s", " ".join(plan.notes))
+        shown, self._shown = self._shown, in_effect(plan)
+        if self._verbose and shown != self._shown:
+            if len(plan.used) > 1:
+                print_plan(plan)
+            else:
+                log.info("%s", " ".join(plan.notes))
         if trainer.loggers and trainer.log_dir is not None:
             save_plan(plan, Path(trainer.log_dir))
 
@@ -432,26 +482,42 @@ class HeteroStrategyCore(_Base):
         """Put buffers that somebody replaced back to their devices; change the plan if the steps so far say so."""
         if self._placed is not None:
             self._placed.return_buffers()
-        if self._first_steps is not None:
-            self._go_on(self._first_steps)
+        if self._watch is not None:
+            self._go_on(self._watch)
 
-    def _go_on(self, steps: FirstSteps) -> None:
-        """What the first steps of a run have to say before the next one."""
+    def _go_on(self, watch: Watch) -> None:
+        """What the steps so far have to say before the next one."""
         module: Any = self.lightning_module
-        plan = steps.border(module if self.model is None else self.model)
-        if plan is not None:
+        plan = new = watch.border(module if self.model is None else self.model)
+        while plan is not None:
             try:
                 self._change(plan, module.trainer)
+                break
             except UnsupportedError as error:
-                self._change(steps.refused(error), module.trainer)
-        if steps.is_over:
-            self._first_steps = None
+                plan = watch.refused(error)
+        if new is not None and watch.is_settled:
+            self._show(module.trainer)
+        if watch.is_over:
+            self._watch = self._after(watch, module.trainer)
+
+    def _after(self, watch: Watch, trainer: Any) -> Watch | None:
+        """What goes on watching when one is through."""
+        if not isinstance(watch, FirstSteps) or watch.profile is None:
+            return None
+        self._measured = (watch.planning, watch.profile)
+        assert self._plan is not None
+        if self._replan == "never" or not watch.planning.is_by_time or self._plan.shares_of:
+            return None
+        left = partial(steps_left, trainer)
+        return Online(watch.planning, watch.profile, self._plan, steps_left=left, recording=self.recording)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step."""
         with readable_out_of_memory(), frames.balanced():
-            if self._first_steps is not None:
-                with self._first_steps.around_step():
+            if self._watch is not None:
+                engine = None if self._placed is None else self._placed.engine
+                whole = engine.inline() if engine is not None and self._watch.needs_whole_step else nullcontext()
+                with whole, self._watch.around_step():
                     return self._training_step(*args, **kwargs)
             return self._training_step(*args, **kwargs)
 
@@ -476,6 +542,26 @@ class HeteroStrategyCore(_Base):
         """The user's step."""
         with readable_out_of_memory(), frames.balanced():
             return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's step."""
+        with readable_out_of_memory(), frames.balanced():
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's step."""
+        with readable_out_of_memory(), frames.balanced():
+            return super().predict_step(*args, **kwargs)
+
+    def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:
+        """The batch on the root device."""
+        with readable_out_of_memory():
+            return super().batch_to_device(*args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's closure, and the step."""
+        with readable_out_of_memory():
+            return super().optimizer_step(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         """Backward over all devices."""
@@ -502,12 +588,7 @@ class HeteroStrategyCore(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {**state, "_placed": None, "_reconciler": None, "_stepper": None, "_first_steps": None}
-
-
-def _in_effect(plan: Plan) -> tuple[object, ...]:
-    """What of a plan shows in the placed model."""
-    return plan.device_of, plan.execution
+        return {**state, "_placed": None, "_reconciler": None, "_stepper": None, "_watch": None, "_measured": None}
 
 
 def _serves(accelerator: Any, root: torch.device) -> bool:

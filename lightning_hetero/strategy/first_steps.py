@@ -2,7 +2,7 @@
 
 The first steps run as the first plan has them, which knows nothing but sizes; user code runs no more often than it
 would otherwise. Two steps are timed, one is recorded, and before the next one begins each unit is measured alone on
-each device. If the new plan turns out to be slower than the first one was, the first one comes back.
+each device. The plans that this leads to are tried with real steps, beside the first one, and the fastest stays.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_hetero.devices import Inventory
@@ -25,24 +23,23 @@ from lightning_hetero.errors import InfeasiblePlanError, UnsupportedError
 from lightning_hetero.plan import Plan
 from lightning_hetero.profile import ModelProfile
 from lightning_hetero.profile.cache import ProfileCache, cache_key
-from lightning_hetero.profile.clock import synchronize
 from lightning_hetero.profile.measure import measure_model
 from lightning_hetero.profile.recording import Recording
 from lightning_hetero.strategy.planning import Planning
+from lightning_hetero.strategy.trial import MOST_STEPS, TIMED, Trial, warm_steps
+from lightning_hetero.strategy.watch import Watch
 
 log = logging.getLogger(__name__)
 
 PROFILE = ("auto", "always", "never")
 
 WORTH_S = 120.0  # seconds that the rest of a run has to last for "auto": measuring and planning take up to a sixth
-MEASURE_S, SEARCH_S = 10.0, 10.0
+MEASURE_S = 10.0
 CALL_OVERHEAD_S = 250e-6  # of the runtime for a call of a stage; see benchmarks/overhead.py
-FAR_OFF = 0.25  # part of the prediction by which a step may differ from it without a warning
-_TIMED = 2  # steps of each plan
-_WARM, _WARM_AGAIN = 1, 4  # steps that come before: cutting a region is tried out in the first ones
+TRIAL_SHARE = 1 / 3  # of the steps to come that a trial may take
 
 
-class FirstSteps:
+class FirstSteps(Watch):
     """What happens at the border before each of the first steps.
 
     Args:
@@ -54,7 +51,8 @@ class FirstSteps:
         device_profile: File with measured numbers of the devices; None measures them.
 
     Attributes:
-        is_over: Whether nothing is left to do.
+        planning: Makes plans; knows the measured numbers of the devices, once there are any.
+        profile: What the model costs, once it is measured.
     """
 
     def __init__(
@@ -67,41 +65,39 @@ class FirstSteps:
         steps_left: Callable[[], float],
         device_profile: Path | None = None,
     ) -> None:
-        self._planning = planning
-        self._first = first
+        super().__init__(first)
+        self.planning = planning
         self._factor = factor
         self._always = always
         self._steps_left = steps_left
         self._device_profile = device_profile
+        self._steps_s: list[float] = []
         self._recording: Recording | None = None
         self._is_recorded = False
-        self._begun_s: list[float] = []
-        self._first_s = math.inf
-        self._second: Plan | None = None
-        self.is_over = False
+        self.profile: ModelProfile | None = None
 
     def border(self, module: nn.Module) -> Plan | None:
-        """A step is about to begin. Returns the plan that it is to run with; None leaves the present one.
-
-        Args:
-            module: The placed model.
-        """
-        if self._recording is not None and self._second is None:
+        """Time, record, plan anew, or go on with the trial."""
+        if self._trial is not None:
+            return self._step_of(self._trial)
+        if self._recording is not None:
             recording, self._recording = self._recording, None
             return self._plan_anew(recording)
-        self._note_time()
-        warm = _WARM if self._second is None else _WARM_AGAIN
-        if len(self._begun_s) <= warm + _TIMED:
+        self._steps_s.append(self._clock.tick(self._present.torch_devices))
+        warm = 1 + warm_steps(self._present)  # nothing ends where the first one begins
+        if len(self._steps_s) < warm + TIMED:
             return None
-        seconds = min(end_s - begin_s for begin_s, end_s in pairwise(self._begun_s[warm:]))
-        if self._second is not None:
-            return self._judge(seconds)
-        self._first_s = seconds
-        if self._always or seconds * self._steps_left() >= WORTH_S:
-            self._recording = Recording(module, self._planning.graph)
+        del self._steps_s[:warm]
+        if self._always or min(self._steps_s) * self._steps_left() >= WORTH_S:
+            self._recording = Recording(module, self.planning.graph)
         else:
             self.is_over = True
         return None
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether the next step is recorded by hooks, which must see whole batches."""
+        return self._recording is not None and not self._is_recorded
 
     @contextmanager
     def around_step(self) -> Iterator[None]:
@@ -114,55 +110,34 @@ class FirstSteps:
                 except Exception as error:
                     log.warning("the model cannot be measured, so the first plan stays: %s", error, exc_info=True)
                     self._recording, self.is_over = None, True
+            wall_s, cpu_s = time.perf_counter(), time.thread_time()
             yield
+            slept_s = time.perf_counter() - wall_s - (time.thread_time() - cpu_s)
+        if recording is not None and any(device.emulated for device in self._present.used):
+            # Devices that the CPU plays sleep behind their last unit, which looks as if own code took so long.
+            recording.own_code_s = max(0.0, recording.own_code_s - slept_s)
 
-    def refused(self, error: Exception) -> Plan:
-        """The new plan cannot run. Returns the one that ran before."""
-        log.warning("the plan that was made from measurements cannot run, so the first one stays: %s", error)
+    def decided(self, plan: Plan) -> None:
+        """All is done."""
         self.is_over = True
-        return self._first
-
-    def _note_time(self) -> None:
-        for device in (self._second or self._first).torch_devices:
-            synchronize(torch.device(device))
-        self._begun_s.append(time.perf_counter())
 
     def _plan_anew(self, recording: Recording) -> Plan | None:
         begun_s = time.perf_counter()
         try:
-            inventory = measured_inventory(self._planning.inventory, profile=self._device_profile)
-            profile = _profile_of(recording, inventory)
-            plan = self._planning.on(inventory).with_profile(self._factor, profile, SEARCH_S)
+            inventory = measured_inventory(self.planning.inventory, profile=self._device_profile)
+            self.planning = self.planning.on(inventory)
+            self.profile = _profile_of(recording, inventory)
+            plans = self.planning.with_profile(self._factor, self.profile)
         except Exception as error:  # whatever it is, there is a plan that works
             known = isinstance(error, (InfeasiblePlanError, UnsupportedError))
             log.warning("no plan was made from measurements, so the first one stays: %s", error, exc_info=not known)
             self.is_over = True
             return None
         log.info("measured the model on its devices and planned anew in %.1f s", time.perf_counter() - begun_s)
-        if (plan.device_of, plan.execution) == (self._first.device_of, self._first.execution):
+        if not self.planning.is_by_time:  # seconds are not what counts
             self.is_over = True
-        self._second, self._begun_s = plan, []
-        return plan
-
-    def _judge(self, seconds: float) -> Plan | None:
-        """Whether the second plan keeps its promise."""
-        self.is_over = True
-        assert self._second is not None
-        forecast = self._second.forecast
-        if seconds > self._first_s:
-            log.warning(
-                "a step takes %.4g s with the plan made from measurements, and %.4g s with the first, which comes back",
-                seconds,
-                self._first_s,
-            )
-            return self._first
-        if forecast is not None and abs(seconds / forecast.step_s - 1) > FAR_OFF:
-            log.warning(
-                "a step takes %.4g s, predicted were %.4g s; the data loader, callbacks and loggers are not predicted",
-                seconds,
-                forecast.step_s,
-            )
-        return None
+            return plans[0]
+        return self._try(Trial(self._present, self._steps_s, plans, min(MOST_STEPS, TRIAL_SHARE * self._steps_left())))
 
 
 def _profile_of(recording: Recording, inventory: Inventory) -> ModelProfile:

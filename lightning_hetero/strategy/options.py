@@ -23,8 +23,8 @@ def as_policy(placement: Any) -> PlacementPolicy:
     """The policy that a user's `placement` means.
 
     Args:
-        placement: Name of a policy, a mapping of module name to device, a policy, a class or function that makes
-            one, or None for the environment variable HETERO_PLACEMENT and else "auto".
+        placement: Name of a policy, a mapping of module name to device (or to shares of devices), a policy, a class or
+            function that makes one, or None for the environment variable HETERO_PLACEMENT and else "auto".
 
     Raises:
         PlacementError: It is none of these.
@@ -200,5 +200,7 @@ def _only(inventory: Inventory, keep: Any) -> Inventory:
     return resolve_devices(names, discovered=inventory)
 
 
-def _device(value: Any) -> str | int:
+def _device(value: Any) -> str | int | Mapping[str, float]:
+    if isinstance(value, Mapping):  # replicas
+        return {str(device): share for device, share in value.items()}
     return value if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lightning_hetero.devices import Inventory
 from lightning_hetero.errors import InfeasiblePlanError, PlacementError, PlanFileError
 from lightning_hetero.graph import ModelGraph
 from lightning_hetero.graph.find import find_units
-from lightning_hetero.placement import Constraints, Placement, PlacementPolicy, Problem, make_plan
+from lightning_hetero.placement import Constraints, Placement, PlacementPolicy, Problem, make_plans
 from lightning_hetero.plan import Plan, check_plan
 from lightning_hetero.plan.forecast import FORWARD, WHOLE
 from lightning_hetero.profile import ModelProfile
@@ -30,6 +30,7 @@ class Terms:
         rematerialize: Whether forwards run again in the backward; None leaves it to the plan.
         constraints: Rules for every policy.
         objective: What to minimise, see `Problem`.
+        time_limit_s: How long a policy may search.
     """
 
     micro_batches: int | None = None
@@ -37,6 +38,7 @@ class Terms:
     rematerialize: bool | None = False
     constraints: Constraints = field(default_factory=Constraints)
     objective: str = "step_time"
+    time_limit_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,24 +114,28 @@ class Planning:
             PlacementError: The policy cannot be obeyed.
             InfeasiblePlanError: A device has less memory than the plan needs of it.
         """
-        return self._checked(factor, None, None)
+        return self._plans(factor, None)[0]
 
-    def with_profile(self, factor: float, profile: ModelProfile, time_limit_s: float) -> Plan:
-        """A checked plan for a model of which it is known what it costs.
+    def with_profile(self, factor: float, profile: ModelProfile) -> tuple[Plan, ...]:
+        """Checked plans for a model of which it is known what it costs: the policy's choice, and its finalists.
 
         Args:
             factor: See `with_optimizer`.
             profile: What the model costs.
-            time_limit_s: How long the policy may search.
 
         Raises:
             PlacementError: The policy cannot be obeyed.
             InfeasiblePlanError: Nothing fits, by the profile.
         """
-        end_s = time.monotonic() + time_limit_s
-        return self._checked(factor, profile, lambda: time.monotonic() > end_s)
+        return self._plans(factor, profile)
 
-    def _checked(self, factor: float, profile: ModelProfile | None, out_of_time: Callable[[], bool] | None) -> Plan:
+    @property
+    def is_by_time(self) -> bool:
+        """Whether the seconds of a step are what to minimise."""
+        return self.terms.objective in ("step_time", "throughput")
+
+    def _plans(self, factor: float, profile: ModelProfile | None) -> tuple[Plan, ...]:
+        end_s = time.monotonic() + self.terms.time_limit_s
         problem = Problem(
             graph=self.graph,
             inventory=self.inventory,
@@ -141,11 +147,20 @@ class Planning:
             rematerialize=self.terms.rematerialize,
             constraints=self.terms.constraints,
             objective=self.terms.objective,
-            out_of_time=out_of_time,
+            time_limit_s=self.terms.time_limit_s,
+            out_of_time=lambda: time.monotonic() > end_s,
         )
-        plan = make_plan(self.policy, problem)
+        plan, *finalists = make_plans(self.policy, problem)
         check_plan(plan, self.graph)
-        return plan
+        return plan, *(finalist for finalist in finalists if _is_sound(finalist, self.graph))
+
+
+def _is_sound(plan: Plan, graph: ModelGraph) -> bool:
+    try:
+        check_plan(plan, graph)
+    except InfeasiblePlanError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -174,14 +189,19 @@ class FromFilePolicy:
                 f"the plan was made for another model: {strange[0]!r} is a unit of one of the two only "
                 f"({len(strange)} such units). Make the plan again, or leave out plan=."
             )
-        absent = sorted(set(device_of.values()) - set(problem.inventory.names))
+        absent = sorted({device.name for device in self.saved.used} - set(problem.inventory.names))
         if absent:
             raise PlacementError(
                 f"the plan uses {', '.join(absent)}, which this run does not have: "
                 f"{', '.join(problem.inventory.names)}. Ask for these devices, or make a plan for the ones here."
             )
         execution = self.saved.execution if self.keeps_execution else None
-        return Placement(device_of=device_of, notes=("The placement was read from a plan file.",), execution=execution)
+        return Placement(
+            device_of=device_of,
+            shares_of=self.saved.shares_of,
+            notes=("The placement was read from a plan file.",),
+            execution=execution,
+        )
 
 
 @dataclass(frozen=True)

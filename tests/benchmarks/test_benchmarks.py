@@ -15,6 +15,7 @@ from lightning_hetero.testing import EmulatedAccelerator
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHARED = {"lockstep.py", "placement_instances.py", "report.py", "sleeping.py", "torch_pipelining.py"}
 FIGURES = {
+    "auto.py": {"mlp_ratio", "convnet_ratio", "transformer_ratio", "noise_ratio", "cpu_only_devices"},
     "connected_overhead.py": {
         "plain_us",
         "noise_ratio",
@@ -32,6 +33,7 @@ FIGURES = {
         "memory_worst",
         "memory_too_bright",
     },
+    "shares.py": {"share_of_sum", "over_fast_alone", "over_equal_shares"},
     "overhead.py": {
         "us_per_call",
         "noise_us_per_call",

@@ -67,7 +67,7 @@ def test_no_file_repeats_a_default_of_the_python_code(path: Path) -> None:
         assert all(plain[key] != value for key, value in given.items())
 
 
-@pytest.mark.parametrize("policy", ["auto", "single", "even", "memory_first"])
+@pytest.mark.parametrize("policy", ["auto", "single", "even", "memory_first", "measured"])
 def test_a_placement_file_means_the_policy_of_its_name(policy: str) -> None:
     assert composed(f"placement={policy}").trainer.strategy.placement == policy
 
@@ -95,11 +95,14 @@ def test_the_groups_reach_the_strategy() -> None:
         "constraints": None,
         "objective": "step_time",
         "profile": "auto",
+        "replan": "never",
+        "planning_limit_s": 10.0,
         "device_profile": None,
         "micro_batches": None,
         "micro_batching": "forward",
         "schedule": None,
         "rematerialize": False,
+        "activation_checkpointing": None,
         "batch_norm": "whole",
     }
 
@@ -108,6 +111,8 @@ def test_a_schedule_file_reaches_the_strategy() -> None:
     strategy = composed("schedule=1f1b", "schedule.micro_batches=16").trainer.strategy
     assert (strategy.micro_batches, strategy.micro_batching, strategy.schedule) == (16, "step", "1f1b")
     assert composed("schedule=forward", "schedule.rematerialize=true").trainer.strategy.rematerialize
+    chosen = composed("schedule=1f1b", "schedule.activation_checkpointing=[cuda:1]").trainer.strategy
+    assert chosen.activation_checkpointing == ["cuda:1"]
 
 
 def test_an_experiment_may_choose_the_placement_and_the_command_line_still_wins() -> None:

@@ -46,7 +46,7 @@ def test_a_wrong_type_is_refused(word: str, why: str) -> None:
             "+placement.polcy=even",
             UsageError,
             "nothing reads 'placement.polcy'; known are policy, device_map, no_split, constraints, objective, plan, "
-            "profile, device_profile. Did you mean 'placement.policy'?",
+            "profile, replan, time_limit_s, device_profile. Did you mean 'placement.policy'?",
         ),
         ("+devices.zzz=1", UsageError, "nothing reads 'devices.zzz'; known are request, memory."),
         (

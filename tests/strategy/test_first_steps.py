@@ -9,10 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_hetero.errors import InventoryError, PlacementError, UsageError
 from lightning_hetero.placement import Placement, Problem
+from lightning_hetero.plan import Plan
 from lightning_hetero.testing.accelerator import EmulatedAccelerator
 from lightning_hetero.testing.lightning_module import Classifier, data, difference
 from lightning_hetero.testing.models import MODELS
@@ -72,10 +74,10 @@ def test_user_code_runs_no_more_often(hetero: Any) -> None:
 
 def test_the_state_of_the_optimizer_moves_along(plain: Any, hetero: Any) -> None:
     class LooksAtDevices(pl.Callback):
-        seen: set[str]
+        def __init__(self) -> None:
+            self.seen: set[str] = set()
 
-        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.seen = set()
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
             for optimizer in trainer.optimizers:
                 for parameter, state in optimizer.state.items():
                     self.seen.add(str(parameter.device))
@@ -99,6 +101,34 @@ def test_the_measured_plan_has_a_forecast_and_is_saved(hetero: Any, tmp_path: Pa
     assert plan.forecast is not None
     assert plan.forecast.step_s > 0
     assert not plan.forecast.estimated
+
+
+@pytest.mark.parametrize("placement", ["measured", "auto", SpreadOnceMeasured()], ids=str)
+def test_plans_take_turns_without_a_change_of_results_and_the_verdict_is_saved(
+    placement: Any, plain: Any, hetero: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone, spread = Classifier(), Classifier()
+    plain(max_epochs=1).fit(alone, data(rows=400))
+    trainer = hetero(placement=placement, strategy=ALWAYS, max_epochs=1, logger=CSVLogger(tmp_path))
+    with caplog.at_level(logging.INFO):
+        trainer.fit(spread, data(rows=400))
+    assert difference(alone, spread) <= ROUNDING
+    saved = Plan.from_json((Path(str(trainer.log_dir)) / "hetero_plan.json").read_text())
+    assert saved.device_of == trainer.strategy.plan.device_of
+    assert saved.notes == trainer.strategy.plan.notes
+    verdicts = [record.message for record in caplog.records if record.message.startswith("Tried with real steps: ")]
+    assert len(verdicts) == (1 if any(note in verdicts for note in saved.notes) else 0)
+    if not isinstance(placement, str):  # it has two plans, so they were compared
+        assert saved.notes[-1] == verdicts[0]
+
+
+def test_seconds_decide_nothing_where_memory_is_to_be_saved(hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        trainer = hetero(placement=SpreadOnceMeasured(), strategy={**ALWAYS, "objective": "peak_memory"}, max_epochs=1)
+        trainer.fit(Classifier(), data(rows=400))
+    assert "planned anew" in caplog.text
+    assert "Tried with real steps" not in caplog.text
+    assert len(trainer.strategy.plan.used) > 1
 
 
 def test_a_profile_is_kept_for_the_next_run(hetero: Any, tmp_path: Path) -> None:
@@ -128,16 +158,19 @@ def test_a_plan_file_is_obeyed(hetero: Any, tmp_path: Path) -> None:
     assert again.strategy.plan.execution.micro_batches == 2
 
 
-def test_a_plan_that_its_optimizer_refuses_is_given_up(hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("objective", ["step_time", "peak_memory"])
+def test_a_plan_that_its_optimizer_refuses_is_given_up(
+    objective: str, hetero: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     class WithLBFGS(Classifier):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), max_iter=2)
 
     module = WithLBFGS()
-    trainer = hetero(placement=SpreadOnceMeasured(), strategy=ALWAYS)
+    trainer = hetero(placement=SpreadOnceMeasured(), strategy={**ALWAYS, "objective": objective})
     with caplog.at_level(logging.WARNING):
         trainer.fit(module, data(), data())
-    assert "so the first one stays: LBFGS joins all parameters into one vector" in caplog.text
+    assert "cannot run, so it is left out: LBFGS joins all parameters into one vector" in caplog.text
     assert len(trainer.strategy.plan.used) == 1
 
 
