@@ -474,12 +474,12 @@ def test_a_checkpoint_goes_on_without_replicas_and_with_them(plain: Any, fit: Fi
     states = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("alone", "spread")]
     assert list(states[0]["state_dict"]) == list(states[1]["state_dict"])
     assert all(tensor.device.type == "cpu" for tensor in states[1]["state_dict"].values())
-    plain(**saving("alone")).fit(alone, data(), ckpt_path=tmp_path / "spread" / "last.ckpt", weights_only=True)
+    plain(**saving("spread")).fit(alone, data(), ckpt_path=tmp_path / "spread" / "last.ckpt", weights_only=True)
     fit(
         spread,
         data(),
         resumed={"ckpt_path": tmp_path / "alone" / "last.ckpt", "weights_only": True},
-        **saving("spread"),
+        **saving("alone"),
     )
     assert difference(alone, spread) <= EXACT
 
@@ -613,4 +613,5 @@ def test_one_trainer_after_the_other_and_nothing_is_left(
     assert [engine() for engine in engines] == [None, None]
     del spread
     gc.collect()
-    assert [accelerator.stats(index).used_bytes for index in range(2)] == used
+    # Not equality: what earlier tests have left may go meanwhile.
+    assert all(accelerator.stats(index).used_bytes <= before for index, before in enumerate(used))
