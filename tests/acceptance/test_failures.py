@@ -405,8 +405,9 @@ def test_the_batch_size_finder_finds_a_size(
     assert size is not None
     assert 16 < size < 4096
     assert model.batch_size == size
+    model.batch_size = size // 2  # at the very limit it depends on timing how much is alive at once
     trainer.fit(model)
-    assert trainer.global_step == -(-4096 // size)
+    assert trainer.global_step == -(-4096 // (size // 2))
 
 
 def test_no_thread_is_left_by_runs_that_fail(hetero: Any, devices: str) -> None:

@@ -436,7 +436,7 @@ def test_layer_drop_by_the_generator_of_the_host(micro_batches: int, accelerator
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_block_on_an_accelerator_that_draws_on_the_host_is_refused_in_lanes(accelerator: EmulatedAccelerator) -> None:
+def test_a_block_on_an_accelerator_that_draws_on_the_host_runs_in_no_lane(accelerator: EmulatedAccelerator) -> None:
     class Noisy(Block):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * torch.rand((), device="cpu").to(x.device)  # type: ignore[no-any-return]
@@ -446,11 +446,8 @@ def test_a_block_on_an_accelerator_that_draws_on_the_host_is_refused_in_lanes(ac
         assert each.engine is not None
         stepper = Stepper(each.engine, model, "training_step", get_schedule("1f1b"), (), ())
         stepper.run((torch.randn(8, 8),), 1.0)  # one after the other
-        message = (
-            f"is on {name} and draws random numbers on the CPU, which cannot be repeated while other micro-batches"
-        )
-        with pytest.raises(UnsupportedError, match=message):
-            stepper.run((torch.randn(8, 8),), 1.0)
+        assert any(f"draws random numbers on cpu, but is on {name}" in reason for reason in each.engine.reasons)
+        stepper.run((torch.randn(8, 8),), 1.0)
         stepper.close()
 
 
