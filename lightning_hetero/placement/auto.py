@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lightning_hetero.placement.compare import as_placement, compare, is_hopeful
+from lightning_hetero.placement.compare import compare, is_hopeful
 from lightning_hetero.placement.constraint_costs import constraint_costs
 from lightning_hetero.placement.explain_choice import explain_choice
+from lightning_hetero.placement.found import as_placement
 from lightning_hetero.placement.judge import Judge, Priced
 from lightning_hetero.placement.memory_first import MemoryFirstPolicy
-from lightning_hetero.placement.pieces import device_map, pieces_of, share_map
+from lightning_hetero.placement.pieces import device_map, pieces_of
 from lightning_hetero.placement.policy import Placement, register_policy
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.placement.refuse import infeasible
@@ -52,11 +53,9 @@ class AutoPolicy:
         if not best.fits:
             raise infeasible(problem, best.forecast, best.execution, self.name)
         notes, alternatives = explain_choice(judge, best, winner, found.singles, found.asked, self.least_gain)
-        return Placement(
-            device_of=device_map(judge.pieces, best.homes),
-            shares_of=share_map(judge.pieces, best.shares),
+        return replace(
+            as_placement(judge, best),
             notes=(*notes, *constraint_costs(judge, best), *judge.stopped_note()),
-            execution=best.execution,
             proof=found.asked[winner].proof if winner in found.asked else "",
             alternatives=alternatives,
             finalists=tuple(as_placement(judge, rival) for rival in _rivals(judge, best, home)),

@@ -12,8 +12,6 @@ from lightning_hetero.placement.found import Found, best_of
 from lightning_hetero.placement.improve import improve
 from lightning_hetero.placement.judge import Judge, Priced
 from lightning_hetero.placement.memory_first import fill
-from lightning_hetero.placement.pieces import device_map, share_map
-from lightning_hetero.placement.policy import Placement
 from lightning_hetero.plan.forecast import WHOLE
 
 LEADERS, TRIES = 3, 60
@@ -72,15 +70,6 @@ def truly_different(judge: Judge, best: Priced, count: int) -> list[Priced]:
         if all(_differ(priced, other) for other in chosen):
             chosen.append(priced)
     return chosen
-
-
-def as_placement(judge: Judge, priced: Priced) -> Placement:
-    """A placement to try with real steps."""
-    return Placement(
-        device_of=device_map(judge.pieces, priced.homes),
-        shares_of=share_map(judge.pieces, priced.shares),
-        execution=priced.execution,
-    )
 
 
 def _searches(judge: Judge) -> Iterator[tuple[str, Found]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_hetero.placement.judge import Judge, Priced
 from lightning_hetero.placement.memory_first import fill
@@ -58,12 +58,15 @@ def place_by(search: Search, problem: Problem, name: str, note: str) -> Placemen
     if problem.profile is None:
         notes.append(ESTIMATED)
     notes += judge.stopped_note()
+    return replace(as_placement(judge, best), notes=tuple(notes), proof=found.proof)
+
+
+def as_placement(judge: Judge, priced: Priced) -> Placement:
+    """What was priced, as a policy's answer."""
     return Placement(
-        device_of=device_map(judge.pieces, best.homes),
-        shares_of=share_map(judge.pieces, best.shares),
-        notes=tuple(notes),
-        execution=best.execution,
-        proof=found.proof,
+        device_of=device_map(judge.pieces, priced.homes),
+        shares_of=share_map(judge.pieces, priced.shares),
+        execution=priced.execution,
     )
 
 

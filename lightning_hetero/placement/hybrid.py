@@ -11,8 +11,8 @@ from lightning_hetero.placement.judge import Judge, Priced, Shares
 from lightning_hetero.placement.piece_costs import PieceCosts
 from lightning_hetero.placement.policy import Placement, register_policy
 from lightning_hetero.placement.problem import Problem
-from lightning_hetero.placement.replicas import replicated_execution
-from lightning_hetero.plan.forecast import FORWARD, Execution
+from lightning_hetero.placement.replicas import can_share, replicated_execution
+from lightning_hetero.plan.forecast import Execution
 from lightning_hetero.plan.plan import Share
 
 MOST_CUTS, MOST_DEVICES, LEADERS = 24, 6, 12
@@ -45,7 +45,7 @@ def find(judge: Judge) -> Found:
         judge.best_execution([piece.devices[0] for piece in judge.pieces]),
     ]
     names = [name for name in judge.names if all(name in piece.devices for piece in judge.pieces)][:MOST_DEVICES]
-    if len(names) > 2 and len(judge.pieces) > 1 and FORWARD in judge.problem.schedules and judge.profile.rows > 1:
+    if len(names) > 2 and len(judge.pieces) > 1 and can_share(judge.problem, 2) and judge.profile.rows > 1:
         candidates += _pipelines(judge, names)
     return Found(best=best_of(candidates))
 
@@ -127,7 +127,8 @@ def _executions(judge: Judge, shares: Shares) -> Iterator[Execution]:
     most = max(len(of_piece) for of_piece in shares)
     shares_of = {piece.name: of for piece, of in zip(judge.pieces, shares, strict=True) if of}
     if judge.problem.micro_batches is not None:
-        yield replicated_execution(judge.problem, shares_of)
+        if can_share(judge.problem, most):
+            yield replicated_execution(judge.problem, shares_of)
         return
     for count in (4, 8, 16, 32):
         if most <= count <= judge.profile.rows:

@@ -77,30 +77,23 @@ def _plan(placement: Placement, policy: str, problem: Problem) -> Plan:
 
 def _predicted(placement: Placement, problem: Problem) -> tuple[Execution, Prediction | None]:
     """How the placement is to run, and what that will take if there is a profile of all its devices."""
-    device_of, profile = placement.device_of, problem.profile
-    if placement.shares_of:
-        return _predicted_replicas(placement, problem)
+    device_of, shares_of, profile = placement.device_of, placement.shares_of, problem.profile
     choices = _choices(placement, problem)
-    if profile is None or not profile.units or not set(device_of.values()) <= set(profile.devices):
+    names = {name for places in places_of(device_of, shares_of) for name in places.values()}
+    if profile is None or not profile.units or not names <= set(profile.devices):
+        return choices[0], None
+    if shares_of and choices[0].schedule != FORWARD:  # not predicted
         return choices[0], None
     objective = Objective(problem, profile)
-    pairs = [(execution, *objective(device_of, execution)) for execution in choices]
+    pairs = [(execution, *objective(device_of, execution, shares_of)) for execution in choices]
     execution, prediction, _ = min(pairs, key=lambda triple: (not triple[1].fits, triple[2]))
     return execution, prediction
-
-
-def _predicted_replicas(placement: Placement, problem: Problem) -> tuple[Execution, Prediction | None]:
-    """The same for a placement with replicas, whose steps are predicted for the schedule "forward" only."""
-    execution, profile = placement.execution or replicated_execution(problem, placement.shares_of), problem.profile
-    names = {name for places in places_of(placement.device_of, placement.shares_of) for name in places.values()}
-    known = profile is not None and profile.units and names <= set(profile.devices)
-    if profile is None or not known or execution.schedule != FORWARD:
-        return execution, None
-    return execution, Objective(problem, profile)(placement.device_of, execution, placement.shares_of)[0]
 
 
 def _choices(placement: Placement, problem: Problem) -> list[Execution]:
     if placement.execution is not None:
         return [placement.execution]
+    if placement.shares_of:
+        return [replicated_execution(problem, placement.shares_of)]
     found = executions(problem, problem.profile.rows if problem.profile is not None else problem.micro_batches or 1)
     return list(on_one_device(problem, found) if len(set(placement.device_of.values())) <= 1 else found)

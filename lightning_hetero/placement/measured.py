@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_hetero.errors import PlacementError
 from lightning_hetero.placement.auto import AutoPolicy
-from lightning_hetero.placement.compare import as_placement, compare, is_hopeful, truly_different
+from lightning_hetero.placement.compare import compare, is_hopeful, truly_different
 from lightning_hetero.placement.explain_choice import explain_choice
+from lightning_hetero.placement.found import as_placement
 from lightning_hetero.placement.judge import Judge
-from lightning_hetero.placement.pieces import device_map, share_map
 from lightning_hetero.placement.policy import Placement, register_policy
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.placement.refuse import infeasible
@@ -59,11 +59,9 @@ class MeasuredPolicy:
         if home is not None and home not in (best, *others) and is_hopeful(home, best) and self.finalists > 1:
             others = [*others[: self.finalists - 2], home]
         notes, alternatives = explain_choice(judge, best, winner, found.singles, found.asked, 0.0)
-        return Placement(
-            device_of=device_map(judge.pieces, best.homes),
-            shares_of=share_map(judge.pieces, best.shares),
+        return replace(
+            as_placement(judge, best),
             notes=(*notes, *judge.stopped_note()),
-            execution=best.execution,
             proof=found.asked[winner].proof if winner in found.asked else "",
             alternatives=alternatives,
             finalists=tuple(as_placement(judge, priced) for priced in others),

@@ -7,13 +7,10 @@ from dataclasses import replace
 
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.plan.forecast import Execution, Forecast
-from lightning_hetero.plan.plan import Share
 from lightning_hetero.profile.costs import ModelProfile
 from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.predict import Prediction, predict
-from lightning_hetero.simulate.replicas import predict_replicas
-
-SharesOf = Mapping[str, tuple[Share, ...]]
+from lightning_hetero.simulate.replicas import SharesOf
 
 
 class Objective:
@@ -32,21 +29,13 @@ class Objective:
         self, device_of: Mapping[str, str], execution: Execution, shares_of: SharesOf | None = None
     ) -> tuple[Prediction, float]:
         """The prediction of a placement and its value."""
-        prediction = _predict(self.costs, device_of, execution, shares_of)
+        prediction = predict(self.costs, device_of, execution, shares_of)
         if self._word == "peak_memory":
             return prediction, fullest(prediction.forecast)
         if self._word == "latency":
-            alone = _predict(self._forward, device_of, replace(execution, rematerialize=False), shares_of)
+            alone = predict(self._forward, device_of, replace(execution, rematerialize=False), shares_of)
             return prediction, alone.forecast.step_s
         return prediction, prediction.forecast.step_s
-
-
-def _predict(
-    costs: Costs, device_of: Mapping[str, str], execution: Execution, shares_of: SharesOf | None
-) -> Prediction:
-    if shares_of:
-        return predict_replicas(costs, device_of, shares_of, execution)
-    return predict(costs, device_of, execution)
 
 
 def fullest(forecast: Forecast) -> float:

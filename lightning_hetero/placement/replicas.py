@@ -47,6 +47,11 @@ def share_of_rows(graph: ModelGraph, shares_of: SharesOf) -> tuple[Share, ...] |
     return found.pop() if len(found) == 1 else None
 
 
+def can_share(problem: Problem, devices: int) -> bool:
+    """Whether a batch may run so that each of so many replicas gets at least one micro-batch."""
+    return FORWARD in problem.schedules and (problem.micro_batches is None or problem.micro_batches >= devices)
+
+
 def replicated_execution(problem: Problem, shares_of: SharesOf) -> Execution:
     """How a batch runs if units have replicas and nobody says how: in micro-batches, at least one for each replica.
 

@@ -11,9 +11,8 @@ from lightning_hetero.placement.found import Found, best_of, place_by
 from lightning_hetero.placement.judge import Judge, Priced
 from lightning_hetero.placement.policy import Placement, register_policy
 from lightning_hetero.placement.problem import Problem
-from lightning_hetero.placement.replicas import replicated_execution
+from lightning_hetero.placement.replicas import can_share, replicated_execution
 from lightning_hetero.placement.solve.shares import ShareDevice, solve_shares
-from lightning_hetero.plan.forecast import FORWARD
 from lightning_hetero.plan.plan import Share
 from lightning_hetero.simulate.price import price
 from lightning_hetero.simulate.route import route
@@ -50,12 +49,13 @@ def find(judge: Judge) -> Found:
     if not singles:  # constraints forbid any device to hold all of the model
         return Found(best=judge.best_execution([piece.devices[0] for piece in judge.pieces]))
     candidates = list(singles.values())
-    if FORWARD in judge.problem.schedules and judge.profile.rows > 1 and judge.costs.units:
+    if judge.profile.rows > 1 and judge.costs.units:
         by_speed = sorted(singles, key=lambda name: singles[name].value)
         for names in _sets(by_speed):
             if judge.time_is_up():
                 break
-            candidates += _shared(judge, names)
+            if can_share(judge.problem, len(names)):
+                candidates += _shared(judge, names)
     return Found(best=best_of(candidates))
 
 

@@ -89,7 +89,8 @@ def lay_out(
             elsewhere.append(module)
             return
         places = set(_places(module, units))
-        if module is not root and len(places) == 1 and _is_called(module) and not any(map(_is_apart, module.modules())):
+        is_run = id(module) in units or _is_called(module)
+        if module is not root and len(places) == 1 and is_run and not any(map(_is_apart, module.modules())):
             visited.update(map(id, module.modules()))
             device, shares = places.pop()
             blocks.append(Block(name, module, device, shares))

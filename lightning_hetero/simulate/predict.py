@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from lightning_hetero.errors import ScheduleError
 from lightning_hetero.plan.forecast import FORWARD, WHOLE, DeviceForecast, Execution, Forecast
-from lightning_hetero.schedule import TRANSFER, Span, Timeline
+from lightning_hetero.schedule import TRANSFER, Timeline
 from lightning_hetero.schedule.rows import split_rows
 from lightning_hetero.simulate.cost import StageCost
 from lightning_hetero.simulate.costs import Costs
-from lightning_hetero.simulate.peak import peak_bytes
 from lightning_hetero.simulate.price import Price, price, stage_costs
+from lightning_hetero.simulate.replicas import SharesOf, Way, add_exchange, peak_of_ways, ways_of
 from lightning_hetero.simulate.route import Route, route, trained_bytes
 from lightning_hetero.simulate.run import OPTIMIZER, Slot, run_step, run_steps_schedule
+from lightning_hetero.simulate.step import as_timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +39,12 @@ class Prediction:
     @cached_property
     def timeline(self) -> Timeline:
         """What every device does when, optimizer included; made when it is asked for."""
-        spans = (
-            Span(
-                device=s.device,
-                op=s.op,
-                start_s=s.start_s,
-                duration_s=s.duration_s,
-                stage=s.stage,
-                micro_batch=s.micro_batch,
-            )
-            for s in self.slots
-        )
-        return Timeline(tuple(spans), tuple(device.device for device in self.forecast.devices))
+        return as_timeline(self.slots, tuple(device.device for device in self.forecast.devices))
 
 
-def predict(costs: Costs, device_of: Mapping[str, str], execution: Execution) -> Prediction:
+def predict(
+    costs: Costs, device_of: Mapping[str, str], execution: Execution, shares_of: SharesOf | None = None
+) -> Prediction:
     """Predict one step of a placed model.
 
     A batch that is not cut runs "whole": one row, one micro-batch, or "forward" with all units on one device.
@@ -60,34 +53,34 @@ def predict(costs: Costs, device_of: Mapping[str, str], execution: Execution) ->
 
     Args:
         costs: Of the model on these devices.
-        device_of: Device name of every unit of the graph.
-        execution: How a batch runs.
+        device_of: Device name of every unit of the graph; of one with replicas, that of the owner.
+        execution: How a batch runs; of the schedules, "forward" only if there are replicas.
+        shares_of: The replicas of units that have some, the owner first.
 
     Raises:
         PlacementError: A unit has no device, or one that is not in the inventory.
         ProfileError: The profile knows no seconds of a unit on its device.
-        ScheduleError: There is no schedule of that name.
+        ScheduleError: There is no schedule of that name, or it is not predicted with replicas.
     """
-    way = route(costs, device_of)
-    execution = _as_run(costs, way, execution)
-    rows = split_rows(costs.profile.rows, execution.micro_batches)
-    overhead_s = 0.0 if execution.schedule == WHOLE else costs.profile.call_overhead_s
-    sums = 1 - 1 / len(rows)  # a micro-batch in the middle stands for all of them
-    priced = {count: price(costs, way, count, overhead_s, sums) for count in dict.fromkeys(rows)}
-    prices = [priced[count] for count in rows]
+    shares_of = shares_of or {}
+    if shares_of and execution.schedule != FORWARD:
+        raise ScheduleError(
+            f"plans with replicas are predicted for the schedule {FORWARD!r} only, and this one has "
+            f"{execution.schedule!r}"
+        )
+    owners = route(costs, device_of)
+    execution = execution if shares_of else _as_run(costs, owners, execution)
+    rows = split_rows(costs.profile.rows, execution.micro_batches, execution.weights)
+    ways = ways_of(costs, device_of, owners, shares_of, rows)
+    prices = _prices(costs, ways, rows, execution)
     if execution.schedule in (WHOLE, FORWARD):
-        slots, end_s = run_step(costs, prices, execution, len(way.devices))
+        used = {device for way in ways for device in way.route.devices}
+        slots, end_s = run_step(costs, prices, execution, len(used))
     else:
         slots, end_s = run_steps_schedule(costs, prices, execution)
-    end_s = add_optimizer(costs, way, slots, end_s)
-    memory = peak_bytes(costs, way, device_of, execution, rows)
-    return as_prediction(costs, prices, slots, end_s, memory)
-
-
-def as_prediction(
-    costs: Costs, prices: Sequence[Price], slots: list[Slot], end_s: float, memory: Mapping[int, int]
-) -> Prediction:
-    """What slots, prices of micro-batches and peak memory by index of the device say together."""
+    end_s = add_exchange(costs, device_of, shares_of, slots, end_s)
+    end_s = _optimize(costs, owners, slots, end_s)
+    memory = peak_of_ways(costs, device_of, shares_of, execution, ways)
     forecast = _forecast(costs, prices, slots, end_s, memory)
     return Prediction(
         forecast=forecast,
@@ -95,6 +88,17 @@ def as_prediction(
         fits=all(device.memory_bytes <= device.limit_bytes for device in forecast.devices),
         slots=tuple(slots),
     )
+
+
+def _prices(costs: Costs, ways: Sequence[Way], rows: Sequence[int], execution: Execution) -> list[Price]:
+    """What each micro-batch costs; the same object for equal ones."""
+    overhead_s = 0.0 if execution.schedule == WHOLE else costs.profile.call_overhead_s
+    sums = 1 - 1 / len(rows)  # a micro-batch in the middle stands for all of them
+    known: dict[tuple[int, int], Price] = {}
+    for way, count in zip(ways, rows, strict=True):
+        if (id(way), count) not in known:
+            known[id(way), count] = price(costs, way.route, count, overhead_s, sums)
+    return [known[id(way), count] for way, count in zip(ways, rows, strict=True)]
 
 
 def _as_run(costs: Costs, way: Route, execution: Execution) -> Execution:
@@ -108,7 +112,7 @@ def _as_run(costs: Costs, way: Route, execution: Execution) -> Execution:
     return execution
 
 
-def add_optimizer(costs: Costs, way: Route, slots: list[Slot], now_s: float) -> float:
+def _optimize(costs: Costs, way: Route, slots: list[Slot], now_s: float) -> float:
     """Add the optimizer's steps; when the last one ends."""
     for device, size_bytes in trained_bytes(costs, way).items():
         seconds = costs.optimizer_s(device, size_bytes)

@@ -1,8 +1,7 @@
-"""Predicts plans in which stages stand on several devices that share the rows of a batch.
+"""What replicas add to a prediction: stages on several devices that share the rows of a batch.
 
 Every micro-batch has its own way through the devices: where a stage has replicas, it goes to the one to which it is
-dealt. So this is `predict` with a route for each of them, and with what replicas cost besides: copies of the parameters
-go out once a step, sums of gradients come home.
+dealt. Besides, copies of the parameters go out once a step, and sums of gradients come home.
 """
 
 from __future__ import annotations
@@ -10,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lightning_hetero.errors import ScheduleError
-from lightning_hetero.plan.forecast import FORWARD, Execution
+from lightning_hetero.plan.forecast import Execution
 from lightning_hetero.plan.plan import Share
 from lightning_hetero.schedule import TRANSFER
-from lightning_hetero.schedule.rows import deal, split_rows
+from lightning_hetero.schedule.rows import deal
 from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.peak import peak_bytes, resident_bytes
-from lightning_hetero.simulate.predict import Prediction, add_optimizer, as_prediction
-from lightning_hetero.simulate.price import price
 from lightning_hetero.simulate.route import Route, route
-from lightning_hetero.simulate.run import Slot, run_step
+from lightning_hetero.simulate.run import Slot
+
+SharesOf = Mapping[str, tuple[Share, ...]]
+"""The replicas of units that have some, the owner first."""
 
 
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """How some micro-batches go through the devices.
 
     Attributes:
@@ -37,65 +36,39 @@ class _Way(NamedTuple):
     rows: list[int]
 
 
-def predict_replicas(
-    costs: Costs, device_of: Mapping[str, str], shares_of: Mapping[str, tuple[Share, ...]], execution: Execution
-) -> Prediction:
-    """Predict one step of a placed model with replicas.
+def ways_of(
+    costs: Costs, device_of: Mapping[str, str], owners: Route, shares_of: SharesOf, rows: Sequence[int]
+) -> list[Way]:
+    """The way of each micro-batch; the same object for those that go the same way.
 
     Args:
-        costs: Of the model on these devices.
-        device_of: Device name of every unit of the graph; of replicated ones, that of the owner.
-        shares_of: The replicas of units that have some, the owner first.
-        execution: How a batch runs; of the schedules, "forward" only.
+        costs: Of the model.
+        device_of: Device of every unit; of replicated ones, that of the owner.
+        owners: The route over these devices.
+        shares_of: The replicas.
+        rows: Rows of each micro-batch.
 
     Raises:
         PlacementError: A unit has no device, or one that is not in the inventory.
-        ProfileError: The profile knows no seconds of a unit on its device.
-        ScheduleError: The schedule is another one.
     """
-    if execution.schedule != FORWARD:
-        raise ScheduleError(
-            f"plans with replicas are predicted for the schedule {FORWARD!r} only, and this one has "
-            f"{execution.schedule!r}"
-        )
-    rows = split_rows(costs.profile.rows, execution.micro_batches, execution.weights)
-    lanes, ways = _ways(costs, device_of, shares_of, rows)
-    sums = 1 - 1 / len(rows)
-    prices = [
-        price(costs, way.route, count, costs.profile.call_overhead_s, sums)
-        for way, count in zip(lanes, rows, strict=True)
-    ]
-    used = {device for way in ways for device in way.route.devices}
-    slots, end_s = run_step(costs, prices, execution, len(used))
-    end_s = _exchange(costs, device_of, shares_of, slots, end_s)
-    end_s = add_optimizer(costs, route(costs, device_of), slots, end_s)
-    return as_prediction(costs, prices, slots, end_s, _memory(costs, device_of, shares_of, execution, ways))
-
-
-def _ways(
-    costs: Costs, device_of: Mapping[str, str], shares_of: Mapping[str, tuple[Share, ...]], rows: Sequence[int]
-) -> tuple[list[_Way], list[_Way]]:
-    """The way of each micro-batch, and the different ones among them."""
-    dealt = {shares: deal(rows, [share.share for share in shares]) for shares in set(shares_of.values())}
-    known: dict[tuple[int, ...], _Way] = {}
+    if not shares_of:
+        return [Way(device_of, owners, [*rows])] * len(rows)
+    dealt = {shares: deal(rows, [share.share for share in shares]) for shares in dict.fromkeys(shares_of.values())}
+    known: dict[tuple[int, ...], Way] = {}
     lanes = []
     for lane, count in enumerate(rows):
         key = tuple(places[lane] for places in dealt.values())
         if key not in known:
             here = {unit: shares[dealt[shares][lane]].device for unit, shares in shares_of.items()}
             places = {**device_of, **here}
-            known[key] = _Way(places, route(costs, places), [])
+            known[key] = Way(places, route(costs, places), [])
         known[key].rows.append(count)
         lanes.append(known[key])
-    return lanes, list(known.values())
+    return lanes
 
 
-def _exchange(
-    costs: Costs,
-    device_of: Mapping[str, str],
-    shares_of: Mapping[str, tuple[Share, ...]],
-    slots: list[Slot],
-    end_s: float,
+def add_exchange(
+    costs: Costs, device_of: Mapping[str, str], shares_of: SharesOf, slots: list[Slot], end_s: float
 ) -> float:
     """Add the copies of parameters that go out and the gradients that come home; when all is done.
 
@@ -120,12 +93,8 @@ def _exchange(
     return now_s
 
 
-def _memory(
-    costs: Costs,
-    device_of: Mapping[str, str],
-    shares_of: Mapping[str, tuple[Share, ...]],
-    execution: Execution,
-    ways: Sequence[_Way],
+def peak_of_ways(
+    costs: Costs, device_of: Mapping[str, str], shares_of: SharesOf, execution: Execution, ways: Sequence[Way]
 ) -> dict[int, int]:
     """Peak memory by index of the device: what stays, once, and what comes on top on all ways together."""
     stays = resident_bytes(costs, device_of)
@@ -133,11 +102,11 @@ def _memory(
         copied = costs.copied_bytes(unit)
         for share in shares[1:]:
             stays[costs.devices.index(share.device)] += copied
-    total = dict.fromkeys(range(len(stays)), 0.0) | dict(enumerate(stays))
+    total = dict(enumerate(stays))
     used = {costs.root}
-    for way in ways:
+    for way in {id(way): way for way in ways}.values():
         without = resident_bytes(costs, way.device_of)
         for device, size_bytes in peak_bytes(costs, way.route, way.device_of, execution, way.rows).items():
             total[device] += size_bytes - without[device]
             used.add(device)
-    return {device: int(total[device]) for device in sorted(used)}
+    return {device: round(total[device]) for device in sorted(used)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import count
 from typing import NamedTuple
@@ -20,6 +20,11 @@ class Slot(NamedTuple):
     duration_s: float
     stage: int | None
     micro_batch: int | None
+
+
+def as_timeline(slots: Iterable[Slot], devices: tuple[str, ...]) -> Timeline:
+    """The slots as checked spans."""
+    return Timeline(tuple(Span(**slot._asdict()) for slot in slots), devices)
 
 
 def simulate(
@@ -58,12 +63,7 @@ def simulate(
         12 s, bubble 25 %
     """
     slots = simulate_slots(stages, schedule, micro_batches, ops=ops, overlap=overlap, costs_of=costs_of)
-    spans = (
-        Span(device=s.device, op=s.op, start_s=s.start_s, duration_s=s.duration_s, stage=s.stage,
-             micro_batch=s.micro_batch)
-        for s in slots
-    )  # fmt: skip
-    return Timeline(tuple(spans), tuple(dict.fromkeys(stage.device for stage in stages)))
+    return as_timeline(slots, tuple(dict.fromkeys(stage.device for stage in stages)))
 
 
 def simulate_slots(

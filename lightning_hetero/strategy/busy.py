@@ -10,8 +10,7 @@ from lightning_hetero.plan.explain import format_seconds, text_table
 from lightning_hetero.profile.costs import OWN_CODE, ModelProfile, UnitCost
 from lightning_hetero.schedule import Timeline
 from lightning_hetero.simulate.costs import Costs
-from lightning_hetero.simulate.predict import Prediction, predict
-from lightning_hetero.simulate.replicas import predict_replicas
+from lightning_hetero.simulate.predict import predict
 from lightning_hetero.strategy.planning import Planning
 
 
@@ -50,9 +49,9 @@ def busy_table(planning: Planning, profile: ModelProfile, plan: Plan, measured: 
         measured: Of one step or more.
         steps: How many it was.
     """
-    bare = replace(profile, own_code=UnitCost(name=OWN_CODE))
+    bare = units_only(profile)
     costs = Costs(planning.graph, planning.inventory, bare, planning.training, plan.optimizer_factor)
-    predicted_s = _of_units(prediction_of(costs, plan).timeline)
+    predicted_s = _of_units(predict(costs, plan.device_of, plan.execution, plan.shares_of).timeline)
     measured_s = _of_units(measured)
     return BusyTable(
         Busy(
@@ -64,11 +63,9 @@ def busy_table(planning: Planning, profile: ModelProfile, plan: Plan, measured: 
     )
 
 
-def prediction_of(costs: Costs, plan: Plan) -> Prediction:
-    """What a plan takes by these costs, with or without replicas."""
-    if plan.shares_of:
-        return predict_replicas(costs, plan.device_of, plan.shares_of, plan.execution)
-    return predict(costs, plan.device_of, plan.execution)
+def units_only(profile: ModelProfile) -> ModelProfile:
+    """The profile without the model's own code, which recordings do not see."""
+    return replace(profile, own_code=UnitCost(name=OWN_CODE))
 
 
 def _of_units(timeline: Timeline) -> Mapping[str, float]:

@@ -19,10 +19,12 @@ from torch import nn
 
 from lightning_hetero.errors import HeteroError, UsageError
 from lightning_hetero.plan import Plan
-from lightning_hetero.profile.costs import Curve, ModelProfile, UnitCost
+from lightning_hetero.profile.costs import ModelProfile
 from lightning_hetero.runtime.engine.record import Recording
 from lightning_hetero.simulate.costs import Costs
-from lightning_hetero.strategy.busy import busy_table, prediction_of
+from lightning_hetero.simulate.predict import Prediction, predict
+from lightning_hetero.simulate.recalibrate import device_factors, scaled
+from lightning_hetero.strategy.busy import units_only
 from lightning_hetero.strategy.planning import Planning
 from lightning_hetero.strategy.trial import MOST_STEPS, Trial, in_effect, warm_steps
 from lightning_hetero.strategy.watch import Watch
@@ -132,8 +134,8 @@ class Online(Watch):
         try:
             factors = self._factors(recording)
             self._profile = scaled(self._profile, factors)
-            costs = Costs(planning.graph, planning.inventory, self._profile, True, present.optimizer_factor)
-            present = replace(present, forecast=prediction_of(costs, present).forecast)
+            costs, prediction = self._predicted(self._profile)
+            present = replace(present, forecast=prediction.forecast)
             plans = planning.with_profile(present.optimizer_factor, self._profile)
         except Exception as error:  # whatever it is, there is a plan that works
             known = isinstance(error, HeteroError)
@@ -157,8 +159,14 @@ class Online(Watch):
         if recording is None or not recording.records:
             ratio = statistics.median(self._steps_s) / self._drift.adopted_s
             return {device.name: ratio for device in self._present.used}
-        table = busy_table(self._planning, self._profile, self._present, recording.timeline, 1)
-        return {row.device: row.measured_s / row.predicted_s for row in table if row.predicted_s and row.measured_s}
+        _, prediction = self._predicted(units_only(self._profile))
+        return device_factors(prediction.timeline, recording.timeline)
+
+    def _predicted(self, profile: ModelProfile) -> tuple[Costs, Prediction]:
+        """What the present plan takes by a profile."""
+        planning, plan = self._planning, self._present
+        costs = Costs(planning.graph, planning.inventory, profile, True, plan.optimizer_factor)
+        return costs, predict(costs, plan.device_of, plan.execution, plan.shares_of)
 
     def _pays(self, plan: Plan, present: Plan, costs: Costs, planning_s: float) -> bool:
         """Whether a change to the plan gains more, over the rest of the run, than it costs."""
@@ -202,15 +210,3 @@ def migration_s(costs: Costs, before: Mapping[str, str], after: Mapping[str, str
             path = costs.paths[spot(before[unit])][spot(after[unit])]
             seconds += path.latency_s + state_bytes * path.s_per_byte
     return seconds
-
-
-def scaled(profile: ModelProfile, factors: Mapping[str, float]) -> ModelProfile:
-    """The profile of a model on devices that take `factors` times as long, by device name."""
-
-    def curves(of: Mapping[str, Curve]) -> dict[str, Curve]:
-        return {name: curve.scaled(factors.get(name, 1.0)) for name, curve in of.items()}
-
-    def cost(unit: UnitCost) -> UnitCost:
-        return replace(unit, forward_s=curves(unit.forward_s), backward_s=curves(unit.backward_s))
-
-    return replace(profile, units=tuple(map(cost, profile.units)), own_code=cost(profile.own_code))

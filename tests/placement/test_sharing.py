@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from lightning_hetero.errors import InfeasiblePlanError
 from lightning_hetero.placement import Constraints, Problem, get_policy, make_plan
 from lightning_hetero.plan import Execution, Plan, Share, check_plan
-from lightning_hetero.simulate import Costs
-from lightning_hetero.simulate.replicas import predict_replicas
+from lightning_hetero.simulate import Costs, predict
 
 Measured = Callable[..., Problem]
 EVEN_WORK = [0.001] * 6
@@ -142,9 +141,8 @@ def least_s(problem: Problem) -> float:
                 micro_batches=len(ordered), schedule="forward", weights=tuple(share.share for share in ordered)
             )
             everywhere = dict.fromkeys(problem.graph.names, ordered)
-            prediction = predict_replicas(
-                costs, dict.fromkeys(problem.graph.names, first.device), everywhere, execution
-            )
+            owner = dict.fromkeys(problem.graph.names, first.device)
+            prediction = predict(costs, owner, execution, everywhere)
             if prediction.fits:
                 best_s = min(best_s, prediction.forecast.step_s)
     return best_s

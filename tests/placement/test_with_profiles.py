@@ -26,7 +26,6 @@ from lightning_hetero.placement.replicas import places_of
 from lightning_hetero.plan import Execution, Plan, Share, check_plan
 from lightning_hetero.schedule import schedule_names
 from lightning_hetero.simulate import Costs, Prediction, predict
-from lightning_hetero.simulate.replicas import predict_replicas
 
 SEARCHES = ["proportional", "exact", "dag", "heft", "interleaved"]
 FIXED = ["even", "memory_first", *SEARCHES]
@@ -46,9 +45,7 @@ def predicted(
 ) -> Prediction:
     assert problem.profile is not None
     costs = Costs(problem.graph, problem.inventory, problem.profile, problem.training, problem.optimizer_factor)
-    if shares_of:
-        return predict_replicas(costs, device_of, shares_of, execution)
-    return predict(costs, device_of, execution)
+    return predict(costs, device_of, execution, shares_of)
 
 
 @st.composite

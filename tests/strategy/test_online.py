@@ -21,9 +21,10 @@ from lightning_hetero.plan import Plan
 from lightning_hetero.profile import Curve, Flow, Line, ModelProfile, UnitCost
 from lightning_hetero.runtime.engine.record import Record, Recording
 from lightning_hetero.simulate.costs import Costs
+from lightning_hetero.simulate.recalibrate import scaled
 from lightning_hetero.strategy import online
 from lightning_hetero.strategy.busy import busy_table
-from lightning_hetero.strategy.online import DRIFT, MOST, WINDOW, WINDOWS, Drift, Online, migration_s, scaled
+from lightning_hetero.strategy.online import DRIFT, MOST, WINDOW, WINDOWS, Drift, Online, migration_s
 from lightning_hetero.strategy.planning import Planning, Terms
 from lightning_hetero.strategy.watch import StepClock
 from lightning_hetero.testing.accelerator import EmulatedAccelerator

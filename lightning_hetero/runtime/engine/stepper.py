@@ -179,8 +179,8 @@ class Stepper:
             reason = f"{watch.changer} changes its input in place"
         elif watch.writer is not None:
             reason = f"{watch.writer} writes into a container that it is given"
-        elif watch.trouble is not None and "draws random numbers" in watch.trouble:
-            reason = watch.trouble
+        elif watch.stray_draws is not None:
+            reason = watch.stray_draws
         else:
             reason = calls.reason or snapshot.change_below(ignored=self._gated)
         for unit in watch.units:

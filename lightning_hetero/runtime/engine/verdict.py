@@ -226,8 +226,8 @@ class Trial:
             return f"{watch.writer} writes into a container that it is given", whole
         if not are_unchanged(self._built):
             return "it writes into a container that it is given", whole
-        if watch.trouble is not None:
-            return watch.trouble, whole
+        if (trouble := watch.stray_draws or watch.trouble) is not None:
+            return trouble, whole
         if self._owned.written:
             return f"its forward changes the parameter {self._owned.written[0]!r}", whole
         change = snapshot.change_so_far()

@@ -65,6 +65,7 @@ class Watch:
         self.changer: str | None = None
         self.writer: str | None = None
         self.trouble: str | None = None
+        self.stray_draws: str | None = None
         self.at_border: Callable[[], None] = lambda: None
 
     @property
@@ -115,7 +116,9 @@ class Watch:
         drawn = self._drawn()
         self.own_code = self.own_code or bool(drawn)
         if drawn - {self._root}:
-            self.trouble = f"its code draws random numbers on {min(map(str, drawn - {self._root}))}, off its own device"
+            self.stray_draws = (
+                f"its code draws random numbers on {min(map(str, drawn - {self._root}))}, off its own device"
+            )
 
     def _look_at(self, unit: Watched) -> None:
         drawn = self._drawn()
@@ -123,7 +126,9 @@ class Watch:
             self.units.append(unit)
         device = unit.worker.torch_device
         if drawn - {device}:
-            self.trouble = f"{unit.name} draws random numbers on {min(map(str, drawn - {device}))}, but is on {device}"
+            self.stray_draws = (
+                f"{unit.name} draws random numbers on {min(map(str, drawn - {device}))}, but is on {device}"
+            )
 
     def _drawn(self) -> set[torch.device]:
         """The devices whose generators were used since this was asked last."""
