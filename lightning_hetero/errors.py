@@ -12,6 +12,7 @@ Every message says what happened, why, and what to do next. Each class is also a
     ├── InfeasiblePlanError   RuntimeError  a plan that needs more memory than a device has
     ├── UnsupportedError      RuntimeError  a feature of torch or Lightning that cannot work over several devices
     ├── HangError             RuntimeError  a step that does not end
+    ├── ProcessError          RuntimeError  another process of the run that went away, or does something else
     └── UsageError            RuntimeError  the parts of this package put together in a way that cannot run
 """
 
@@ -56,3 +57,7 @@ class UsageError(HeteroError, RuntimeError):
 
 class HangError(HeteroError, RuntimeError):
     """A step over several devices that has not ended within the time that it was given."""
+
+
+class ProcessError(HeteroError, RuntimeError):
+    """Another process of the run went away, does not answer, or does something else than this one."""

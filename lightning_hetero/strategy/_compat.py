@@ -23,12 +23,16 @@ class Host:
         update_properties: Sets `self.device` of a LightningModule without moving it.
         empty_init: Context manager that skips the filling of new parameters.
         mixed_precision: Its class of that name.
+        rank_zero_only: Lets a function run in process 0 only; its `rank` says which process this is.
+        extract_batch_size: Finds out how many rows a batch has.
     """
 
     namespace: str
     update_properties: Callable[..., None]
     empty_init: Callable[..., Any]
     mixed_precision: type[Any]
+    rank_zero_only: Any
+    extract_batch_size: Callable[[Any], int]
 
 
 def host(namespace: str) -> Host:
@@ -43,4 +47,6 @@ def host(namespace: str) -> Host:
         update_properties=importlib.import_module(f"{fabric}.utilities.device_dtype_mixin")._update_properties,
         empty_init=importlib.import_module(f"{fabric}.utilities.init")._EmptyInit,
         mixed_precision=importlib.import_module(f"{namespace}.plugins").MixedPrecision,
+        rank_zero_only=importlib.import_module(f"{namespace}.utilities.rank_zero").rank_zero_only,
+        extract_batch_size=importlib.import_module(f"{namespace}.utilities.data").extract_batch_size,
     )

@@ -7,13 +7,12 @@ the parts of the model are is the runtime's business.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,14 +29,15 @@ from lightning_hetero.runtime.engine.record import Recording
 from lightning_hetero.runtime.engine.stepper import Stepper
 from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
+from lightning_hetero.runtime.processes.group import Address
 from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.schedule import get_schedule
-from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
 from lightning_hetero.strategy.activation_checkpointing import ActivationCheckpointing
 from lightning_hetero.strategy.busy import BusyTable, busy_table
 from lightning_hetero.strategy.checkpoint import on_cpu
 from lightning_hetero.strategy.first_steps import PROFILE, FirstSteps, can_gain, steps_left
+from lightning_hetero.strategy.guests import OwnSamplers, QuietSigterm, TakesBatches
 from lightning_hetero.strategy.memory import readable_out_of_memory
 from lightning_hetero.strategy.online import REPLAN, Online
 from lightning_hetero.strategy.optimizers import (
@@ -54,20 +54,18 @@ from lightning_hetero.strategy.options import (
     positive_seconds,
     requested_inventory,
     schedule_for,
+    shares_of_processes,
     yes_no_or_auto,
 )
 from lightning_hetero.strategy.planning import Planning, Terms
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
-from lightning_hetero.strategy.refusals import check_callbacks, check_processes
+from lightning_hetero.strategy.refusals import check_callbacks
 from lightning_hetero.strategy.report import print_plan, save_plan
+from lightning_hetero.strategy.several import OneOfSeveralCore
 from lightning_hetero.strategy.steps import RECORDED, merged_output, replay
+from lightning_hetero.strategy.team import Team
 from lightning_hetero.strategy.trial import in_effect
 from lightning_hetero.strategy.watch import Watch
-
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import SingleDeviceStrategy as _Base
-else:
-    _Base = object
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +76,11 @@ PlacementArgument = str | dict[str, str | int] | PlacementPolicy | None
 _ONCE_PER_BATCH = ("log", "log_dict", "manual_backward", "optimizers", "lr_schedulers", "print")
 
 
-class HeteroStrategyCore(_Base):
-    """Trains a model whose parts stand on several devices of one machine, in one process.
+class HeteroStrategyCore(OneOfSeveralCore):
+    """Trains a model whose parts stand on several devices of one machine, in one process or in several.
+
+    If a launcher such as torchrun started several processes, each drives devices of its own, and they share the rows of
+    every batch: the batch size of a data loader is that of all of them together.
 
     Args:
         devices: The devices to use; the first that can train is the root. "auto" takes all of this machine. Also
@@ -124,7 +125,10 @@ class HeteroStrategyCore(_Base):
         planning_limit_s: Seconds that a policy may search for a plan; the best one so far is taken then.
         device_profile: File with measured numbers of the devices, as `lightning-hetero devices --measure --json` prints
             them; None measures them, and keeps them in the user's cache.
-        hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads.
+        shares: With several processes, how much of every batch each gets, in proportion to the others and in order of
+            their ranks; None: all the same.
+        hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads,
+            and after which another process that does not answer counts as gone.
         verbose: Whether to print the plan once.
         checkpoint_io: As in every Lightning strategy.
         precision_plugin: As in every Lightning strategy.
@@ -137,7 +141,6 @@ class HeteroStrategyCore(_Base):
     """
 
     strategy_name = "hetero"
-    host: ClassVar[Host]
     accelerator_class: ClassVar[type[HeteroAcceleratorCore]]
     precision_class: ClassVar[type[HeteroMixedPrecisionCore]]
 
@@ -160,6 +163,7 @@ class HeteroStrategyCore(_Base):
         replan: str = "never",
         planning_limit_s: float = 10.0,
         device_profile: str | Path | None = None,
+        shares: Sequence[float] | None = None,
         hang_timeout_s: float = 600.0,
         verbose: bool = True,
         checkpoint_io: Any = None,
@@ -190,6 +194,10 @@ class HeteroStrategyCore(_Base):
             once_per_batch=_ONCE_PER_BATCH,
             around=self._moment,
         )
+        self._shares = shares_of_processes(shares)
+        self._guests: list[
+            OwnSamplers | QuietSigterm | TakesBatches
+        ] = []  # what stands in places of Lightning's while a run goes on
         self._profile = one_of("profile", profile, PROFILE)
         self._replan = one_of("replan", replan, REPLAN)
         self._device_profile = None if device_profile is None else Path(device_profile)
@@ -214,7 +222,7 @@ class HeteroStrategyCore(_Base):
 
     @parallel_devices.setter
     def parallel_devices(self, devices: Sequence[torch.device]) -> None:
-        self._inventory = requested_inventory(self._devices, devices, self._memory)
+        self._inventory = requested_inventory(self._devices, devices, self._memory, self._place_on_host)
         self._checkpointing.check(self._inventory)
         self._root_device = torch.device(str(self._inventory.root.torch_device))
         fits = self._accelerator is not None and _serves(self._accelerator, self._root_device)
@@ -222,19 +230,6 @@ class HeteroStrategyCore(_Base):
             self._accelerator = self.accelerator_class()
         if isinstance(self._accelerator, HeteroAcceleratorCore):
             self._accelerator.serves_strategy = True
-
-    @property
-    def num_nodes(self) -> int:
-        """Always 1."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        if num_nodes > 1:
-            raise UnsupportedError(
-                f"Trainer(num_nodes={num_nodes}, strategy='hetero'): this strategy drives the devices of one machine "
-                "from one process; several machines are not supported yet. Leave out num_nodes."
-            )
 
     @property
     def precision_plugin(self) -> Any:
@@ -297,16 +292,40 @@ class HeteroStrategyCore(_Base):
     # Setup and teardown
 
     def setup_environment(self) -> None:
-        """Prepare the root device.
+        """Prepare the root device, and meet the other processes of the run.
 
         Raises:
-            UnsupportedError: A launcher started several processes.
-            UsageError: No Trainer has taken this strategy.
+            ProcessError: Some of them did not come.
+            UsageError: No Trainer has taken this strategy, or the processes differ in what they are to do.
         """
-        check_processes(os.environ)
         if self._inventory is None:
             raise UsageError("the strategy has no devices yet; hand it to Trainer(strategy=...)")
         super().setup_environment()
+        if self._address is not None:
+            self._join(self._address)
+
+    def _join(self, address: Address) -> None:
+        if self._pipelining.defers_batch_norm:
+            raise UnsupportedError(
+                "batch_norm='defer' is for one process; with several, modules with batch normalisation normalise over "
+                "the rows of all processes, as one device would. Leave out batch_norm."
+            )
+        if self._shares and len(self._shares) != address.size:
+            raise UsageError(
+                f"shares={list(self._shares)} is for {len(self._shares)} processes, but the launcher started "
+                f"{address.size}."
+            )
+        terms = self._terms
+        facts = {
+            "shares": list(self._shares),
+            "micro_batching": "forward" if FORWARD in terms.schedules else "step",
+            "gradient accumulation": getattr(self._trainer_of(), "accumulate_grad_batches", 1),
+        }
+        self._team = Team(address, self._shares, self._pipelining.hang_timeout_s, facts)
+
+    def _trainer_of(self) -> Any:
+        module: Any = self.lightning_module
+        return None if module is None else module.trainer
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -324,9 +343,17 @@ class HeteroStrategyCore(_Base):
         """
         assert self.accelerator is not None
         assert self.model is not None
+        assert self._inventory is not None
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         fitting = trainer.state.fn == "fit"
+        if self._team is not None:
+            self._team.adopt(self.model, [torch.device(str(d.torch_device)) for d in self._inventory.trainable])
+            self._guests = [
+                OwnSamplers(trainer, self._team),
+                TakesBatches(self.precision_plugin, self._team),
+                QuietSigterm(trainer, self._team),
+            ]
         planning = self._planning(fitting)
         self._place(planning.before_optimizers())
         self.model = self._setup_model(self.model)
@@ -353,7 +380,7 @@ class HeteroStrategyCore(_Base):
 
     def _check(self, trainer: Any) -> None:
         """Refuse what cannot work over the devices of the plan."""
-        check_optimizers(self.optimizers)
+        check_optimizers(self.optimizers, alone=self._team is None)
         assert self._plan is not None
         check_callbacks(trainer.callbacks, self._plan)
 
@@ -362,6 +389,8 @@ class HeteroStrategyCore(_Base):
         assert self._placed is not None
         if fitting:
             keep_state_beside_parameters(self.optimizers)
+            if self._team is not None and self.model is not None:
+                self._team.attach(self.model)
         self._reconciler = self._placed.reconciler()
         if self._reconciler is not None:
             activate(self._reconciler)
@@ -403,7 +432,13 @@ class HeteroStrategyCore(_Base):
             watch, self._watch = self._watch, None
             if watch is not None:
                 watch.close()
+            guests, self._guests = self._guests, []
+            for guest in guests:
+                guest.close()
             self._release(torch.device("cpu"))
+            team, self._team = self._team, None
+            if team is not None:
+                team.close()
             super().teardown()
         except Exception:
             log.warning("the model could not be gathered on the CPU; parts of it may still be elsewhere", exc_info=True)
@@ -480,10 +515,20 @@ class HeteroStrategyCore(_Base):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Put buffers that somebody replaced back to their devices; change the plan if the steps so far say so."""
+        if self._team is not None:
+            self._meet(self._team, batch)
         if self._placed is not None:
             self._placed.return_buffers()
         if self._watch is not None:
             self._go_on(self._watch)
+
+    def _meet(self, team: Team, batch: Any) -> None:
+        """What the processes tell each other before a step."""
+        for guest in self._guests:
+            if isinstance(guest, QuietSigterm):
+                guest.agree()
+        if team.rows is None:
+            team.count(self.host.extract_batch_size(batch))
 
     def _go_on(self, watch: Watch) -> None:
         """What the steps so far have to say before the next one."""
@@ -512,7 +557,19 @@ class HeteroStrategyCore(_Base):
         return Online(watch.planning, watch.profile, self._plan, steps_left=left, recording=self.recording)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's step."""
+        """The user's step, on the rows of this process."""
+        team = self._team
+        if team is None:
+            return self._watched_step(*args, **kwargs)
+        module: Any = self.lightning_module
+        if not module.automatic_optimization:
+            team.check_manual()
+        elif not module.trainer.fit_loop._should_accumulate():
+            team.before_step()
+        with team.step():
+            return team.no_loss() if team.is_idle else self._watched_step(*args, **kwargs)
+
+    def _watched_step(self, *args: Any, **kwargs: Any) -> Any:
         with readable_out_of_memory(), frames.balanced():
             if self._watch is not None:
                 engine = None if self._placed is None else self._placed.engine
@@ -536,22 +593,32 @@ class HeteroStrategyCore(_Base):
         module: Any = self.lightning_module
         scaler = getattr(self.precision_plugin, "scaler", None)
         scale: float = scaler.get_scale() if scaler is not None else 1.0
-        return scale / float(module.trainer.accumulate_grad_batches)
+        weight = 1.0 if self._team is None else self._team.weight
+        return weight * scale / float(module.trainer.accumulate_grad_batches)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's step."""
-        with readable_out_of_memory(), frames.balanced():
-            return super().validation_step(*args, **kwargs)
+        """The user's step, on the rows of this process."""
+        with readable_out_of_memory(), frames.balanced(), self._team_step() as is_idle:
+            return None if is_idle else super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's step."""
-        with readable_out_of_memory(), frames.balanced():
-            return super().test_step(*args, **kwargs)
+        """The user's step, on the rows of this process."""
+        with readable_out_of_memory(), frames.balanced(), self._team_step() as is_idle:
+            return None if is_idle else super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's step."""
-        with readable_out_of_memory(), frames.balanced():
-            return super().predict_step(*args, **kwargs)
+        """The user's step, on the rows of this process."""
+        with readable_out_of_memory(), frames.balanced(), self._team_step() as is_idle:
+            return None if is_idle else super().predict_step(*args, **kwargs)
+
+    @contextmanager
+    def _team_step(self) -> Iterator[bool]:
+        """Around a step without gradients; whether this process has no rows for it."""
+        if self._team is None:
+            yield False
+            return
+        with self._team.step():
+            yield self._team.is_idle
 
     def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:
         """The batch on the root device."""
@@ -563,10 +630,28 @@ class HeteroStrategyCore(_Base):
         with readable_out_of_memory():
             return super().optimizer_step(*args, **kwargs)
 
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Backward over all devices."""
+    def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """Backward over all devices, and sums of gradients over all processes."""
         with readable_out_of_memory(), frames.balanced():
-            return super().backward(*args, **kwargs)
+            if self._team is None:
+                return super().backward(closure_loss, *args, **kwargs)
+            return self._weighted_backward(self._team, closure_loss, *args, **kwargs)
+
+    def _weighted_backward(self, team: Team, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's, with sums of gradients before hooks see them."""
+        module: Any = self.lightning_module
+        automatic = module.automatic_optimization
+        if not automatic:
+            team.before_manual_backward()
+        plugin = self.precision_plugin
+        self.pre_backward(loss)
+        loss = plugin.pre_backward(loss * team.weight, module)
+        plugin.backward(loss, module, *args, **kwargs)
+        if not automatic or not module.trainer.fit_loop._should_accumulate():
+            team.sum_gradients()
+        loss = plugin.post_backward(loss, module)
+        self.post_backward(loss)
+        return loss
 
     # Checkpoints
 
@@ -588,7 +673,16 @@ class HeteroStrategyCore(_Base):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {**state, "_placed": None, "_reconciler": None, "_stepper": None, "_watch": None, "_measured": None}
+        return {
+            **state,
+            "_placed": None,
+            "_reconciler": None,
+            "_stepper": None,
+            "_watch": None,
+            "_measured": None,
+            "_team": None,
+            "_guests": [],
+        }
 
 
 def _serves(accelerator: Any, root: torch.device) -> bool:

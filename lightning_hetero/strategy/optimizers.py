@@ -83,15 +83,24 @@ def exchange_parameters(optimizers: Iterable[Optimizer], replaced: Iterable[tupl
                 optimizer.state[new] = optimizer.state.pop(old)
 
 
-def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse, before training, optimizers that torch cannot run over several devices.
+def check_optimizers(optimizers: Iterable[Optimizer], *, alone: bool = True) -> None:
+    """Refuse, before training, optimizers that torch cannot run over several devices or processes.
+
+    Args:
+        optimizers: Of the run.
+        alone: Whether this is the only process.
 
     Raises:
-        UnsupportedError: LBFGS over several devices, or `capturable=True` with parameters on the CPU.
+        UnsupportedError: LBFGS over several devices or processes, or `capturable=True` with parameters on the CPU.
     """
     for optimizer in optimizers:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         devices = sorted({str(p.device) for p in parameters})
+        if isinstance(optimizer, torch.optim.LBFGS) and not alone:
+            raise UnsupportedError(
+                "LBFGS decides by the loss how often to run the step, and each process knows the loss of its own rows "
+                "only, so they would come out of step. Use another optimizer, or one process."
+            )
         if isinstance(optimizer, torch.optim.LBFGS) and len(devices) > 1:
             raise UnsupportedError(
                 f"LBFGS joins all parameters into one vector, which cannot be done over {', '.join(devices)}. "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_hetero.devices import Inventory, resolve_devices
+from lightning_hetero.devices.split import devices_of_process
 from lightning_hetero.errors import InventoryError, PlacementError, UsageError
 from lightning_hetero.placement import Constraints, ManualPolicy, PlacementPolicy, get_policy
 from lightning_hetero.schedule import Schedule, get_schedule
@@ -74,7 +75,12 @@ def as_constraints(given: Any) -> Constraints:
     return Constraints(**rules)
 
 
-def requested_inventory(devices: Any, host_devices: Sequence[torch.device], memory: Mapping[str, Any]) -> Inventory:
+def requested_inventory(
+    devices: Any,
+    host_devices: Sequence[torch.device],
+    memory: Mapping[str, Any],
+    place: tuple[int, int] = (0, 1),
+) -> Inventory:
     """The devices that the user wants, wherever the wish was written.
 
     The strategy's own `devices` come first, then those of `Trainer(accelerator="hetero", devices=...)`, then the
@@ -84,6 +90,8 @@ def requested_inventory(devices: Any, host_devices: Sequence[torch.device], memo
         devices: The strategy's argument.
         host_devices: What the host hands over.
         memory: Limits by device name.
+        place: Which of the processes on this machine this one is, and how many there are. They share what "auto", a
+            number or the host's accelerator stand for; devices by name are for this process alone.
 
     Raises:
         InventoryError: The request cannot be met.
@@ -92,10 +100,11 @@ def requested_inventory(devices: Any, host_devices: Sequence[torch.device], memo
     if devices is None and found is None:
         devices = os.environ.get(DEVICES_VARIABLE)
     if devices is not None:
-        return resolve_devices(devices, memory=memory)
+        inventory = resolve_devices(devices, memory=memory)
+        return devices_of_process(inventory, *place) if devices == "auto" or isinstance(devices, int) else inventory
     if found is not None:
-        return resolve_devices(found, memory=memory)
-    return resolve_devices(_meant_by_host(host_devices), memory=memory)
+        return devices_of_process(resolve_devices(found, memory=memory), *place)
+    return devices_of_process(resolve_devices(_meant_by_host(host_devices), memory=memory), *place)
 
 
 def number_of_micro_batches(given: int | None) -> int | None:
@@ -204,3 +213,18 @@ def _device(value: Any) -> str | int | Mapping[str, float]:
     if isinstance(value, Mapping):  # replicas
         return {str(device): share for device, share in value.items()}
     return value if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def shares_of_processes(shares: Sequence[float] | None) -> tuple[float, ...]:
+    """The shares of a batch that processes get; empty if all get the same.
+
+    Raises:
+        UsageError: One of them is no number above 0.
+    """
+    found = tuple(shares or ())
+    for share in found:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < float("inf"):
+            raise UsageError(
+                f"shares has to be one number above 0 for each process, such as [3, 1], got {share!r} in {list(found)}"
+            )
+    return tuple(map(float, found))

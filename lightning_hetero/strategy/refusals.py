@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.plan import Plan
-
-
-def check_processes(environment: Mapping[str, str]) -> None:
-    """Refuse to run as one of several processes: each would train the whole model on all data, alone.
-
-    Raises:
-        UnsupportedError: torchrun or another launcher set WORLD_SIZE above 1.
-    """
-    size = environment.get("WORLD_SIZE", "1")
-    if size.isdigit() and int(size) > 1:
-        raise UnsupportedError(
-            f"a launcher started {size} processes (WORLD_SIZE={size}), but strategy 'hetero' drives all devices of a "
-            "machine from one process. Start the script with python instead of torchrun."
-        )
 
 
 def check_callbacks(callbacks: Iterable[Any], plan: Plan | None) -> None:

@@ -79,15 +79,15 @@ def test_a_model_larger_than_any_device_trains_on_several(
     assert spread.losses == alone.losses
 
 
-def test_several_nodes(quiet: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match=r"Trainer\(num_nodes=2, strategy='hetero'\).*Leave out num_nodes"):
+def test_several_nodes_without_a_launcher(quiet: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"Trainer\(num_nodes=2, strategy='hetero'\).*the only process.*torchrun"):
         pl.Trainer(**quiet, strategy="hetero", num_nodes=2)
 
 
-def test_several_processes(hetero: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_of_an_unknown_launcher(quiet: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UnsupportedError, match=r"WORLD_SIZE=2.*with python instead of torchrun"):
-        hetero().fit(Classifier(), data())
+    with pytest.raises(UsageError, match=r"WORLD_SIZE=2.*no launcher.*cannot find each other.*torchrun"):
+        pl.Trainer(**quiet, strategy="hetero")
 
 
 def test_the_accelerator_without_the_strategy(quiet: dict[str, Any], accelerator: EmulatedAccelerator) -> None:

@@ -14,8 +14,9 @@ One node that submits and waits deadlocks as soon as outputs are on an accelerat
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +26,17 @@ from torch.autograd.graph import Node
 from lightning_hetero.runtime.containers import are_unchanged, contents
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import gradients, walk
-from lightning_hetero.runtime.engine.state import ThreadState, stays_in_its_thread
+from lightning_hetero.runtime.engine.state import (
+    ThreadState,
+    is_plain,
+    records_now,
+    run_here,
+    saves_otherwise,
+    stays_in_its_thread,
+)
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.engine.worker import Future, Worker
+from lightning_hetero.runtime.engine.worker import Task, Worker
 from lightning_hetero.runtime.transfer import version_of
 
 _NO_GRADIENT = torch.zeros((), device="cpu")  # what every phony gets; nobody looks at it
@@ -84,7 +92,7 @@ class UnitCall:
         inner: Nodes of the unit's graph, where they are checked for capture; None otherwise.
     """
 
-    __slots__ = ("_edges", "_future", "_inputs", "_lane", "_outputs", "inner", "leaves", "number", "unit")
+    __slots__ = ("_edges", "_inputs", "_lane", "_outputs", "_result", "inner", "leaves", "number", "unit")
 
     def __init__(self, lane: Lane, unit: Unit, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         self._lane = weakref.ref(lane)
@@ -95,7 +103,7 @@ class UnitCall:
         self._edges, leaves, nodes = walk(outputs, known=inputs)
         self.leaves = unit.homes(leaves)
         self.inner: set[Node] | None = nodes if lane.call.checks_capture else None
-        self._future: Future | None = None
+        self._result: Callable[[], Any] | None = None
         lane.units.append(self)
 
     @property
@@ -112,29 +120,27 @@ class UnitCall:
         return tuple(output.detach() for output in self._outputs)
 
     def submit_backward(self, given: tuple[Tensor | None, ...]) -> None:
-        """Queue the backward of the unit's graph."""
+        """Get the backward of the unit's graph on its way: to the thread of the device, or this one, in `wait`."""
         lane = self.lane
         call = lane.call
         if not lane.in_backward:
             raise RuntimeError(_escaped(self.unit.name, call.name))
         if torch.is_grad_enabled():
             raise CannotCutError("a gradient inside of it is differentiated again (create_graph=True)")
-        self._future = Future()
-        self.unit.worker.submit(
-            call.place("B", self.unit, lane),
-            call.number,
-            lane.index,
-            lambda: self._backward(lane, given),
-            self._future,
-            ("B", self.unit.name),
-        )
+        worker = self.unit.worker
+        place = call.place("B", self.unit, lane)
+        task = Task("B", self.unit.name, lane.index, partial(self._backward, lane, given))
+        if worker.lanes_may_help and is_plain():
+            self._result = partial(worker.help, place, call.number, task)
+        else:
+            self._result = worker.submit(place, call.number, task).get
 
     def wait(self) -> Sequence[Tensor | None]:
         """Gradients of the inputs."""
-        if self._future is None:
+        result, self._result = self._result, None  # an error in it holds frames, and they this graph
+        if result is None:
             raise RuntimeError(f"{self.unit.name}: its backward was asked for before that of its outputs")
-        future, self._future = self._future, None  # an error in it holds frames, and they this graph
-        found: Sequence[Tensor | None] = future.get()
+        found: Sequence[Tensor | None] = result()
         return found
 
     def _backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
@@ -208,9 +214,8 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
     if stays_in_its_thread() is not None:
         return unit.run(*args, **kwargs)
     unit = call.replica(lane, unit)
-    state = ThreadState(call.device_types)
     given = Tree((args, kwargs) if kwargs else args)
-    records = state.records
+    records = records_now()
     if given.opaque is not None:
         raise CannotCutError(f"{unit.name} is called with a {type(given.opaque).__name__}, which may hold tensors")
     lane_inputs: list[Tensor] = []
@@ -218,7 +223,7 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
     tensors = given.tensors
     if records:
         tensors = _detached(tensors, lane_inputs, inputs)
-    if unit.draws and state.saves_otherwise:
+    if unit.draws and saves_otherwise():
         raise CannotCutError(f"{unit.name} draws random numbers under activation checkpointing from outside")
     versions = [version_of(tensor) for tensor in given.tensors]
     passed, named = given.build(tensors) if kwargs else (given.build(tensors), kwargs)
@@ -229,12 +234,17 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
     def work() -> Any:
         call.check()
         with _drawing(lane, unit, number):
-            return state.run(unit.run, *passed, **named)
+            return unit.run(*passed, **named)
 
-    future = Future()
+    worker = unit.worker
+    run = partial(run_here if worker.lanes_may_help else ThreadState(call.device_types).run, work)
+    task = Task("F", unit.name, lane.index, run)
+    place = call.place("F", unit, lane)
     with lane.stream.paused() if lane.stream is not None else _NOTHING, call.in_order(lane, unit):
-        unit.worker.submit(call.place("F", unit, lane), call.number, lane.index, work, future, ("F", unit.name))
-        output = future.get()
+        if worker.lanes_may_help:
+            output = worker.help(place, call.number, task)
+        else:
+            output = worker.submit(place, call.number, task).get()
     if versions != [version_of(tensor) for tensor in given.tensors]:
         raise CannotCutError(f"{unit.name} changes its input in place")
     if containers and not are_unchanged(containers):

@@ -7,7 +7,6 @@ region see the whole batch, once. Copies and pickles of a module come without ei
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_hetero.runtime.engine.at_work import is_at_work
 from lightning_hetero.runtime.engine.cut import call_unit
 from lightning_hetero.runtime.engine.key import Keys
-from lightning_hetero.runtime.engine.lanes import current_lane
+from lightning_hetero.runtime.engine.lanes import calling_lane
 from lightning_hetero.runtime.engine.replicas import Seat
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.worker import Worker
@@ -84,7 +84,7 @@ class _Unit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, where it belongs: by the worker if it comes from a lane, else here."""
-        lane = current_lane()
+        lane = calling_lane()
         if lane is not None:
             return call_unit(lane, self, args, kwargs)
         trial = self.engine.trial
@@ -105,7 +105,7 @@ class ModuleUnit(_Unit):
 
     def called(self, *args: Any, **kwargs: Any) -> Any:
         """The call of user code that is in no lane; cut into micro-batches if there are replicas."""
-        if self.region is None or self.engine.is_inline or isinstance(threading.current_thread(), Worker):
+        if self.region is None or self.engine.is_inline or is_at_work():
             return self.run(*args, **kwargs)
         return self.engine.call_region(self.region, args, kwargs)
 
@@ -239,7 +239,7 @@ class Region(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What user code calls."""
-        if current_lane() is not None or self.engine.trial is not None or self.engine.is_inline:
+        if calling_lane() is not None or self.engine.trial is not None or self.engine.is_inline:
             return self.in_lane(*args, **kwargs)
         return self.engine.call_region(self, args, kwargs)
 
@@ -325,7 +325,7 @@ class Gate:
             return self._update(*args, **kwargs)
 
     def _turn(self) -> AbstractContextManager[None]:
-        lane = current_lane()
+        lane = calling_lane()
         return nullcontext() if lane is None else lane.call.passing(lane, id(self._module))
 
     def __reduce__(self) -> Any:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from lightning_hetero.runtime.emulate import METER
+from lightning_hetero.runtime.engine.at_work import is_at_work
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.worker import Cancelled
 
@@ -92,8 +94,13 @@ _LOCAL = _Local()
 
 
 def current_lane() -> Lane | None:
-    """The lane that this thread runs; None in workers, and in user code outside of a pipelined call."""
+    """The lane that this thread runs; None in threads of workers, and in user code outside of a pipelined call."""
     return _LOCAL.lane
+
+
+def calling_lane() -> Lane | None:
+    """The lane whose own code this thread runs; None in the code of units."""
+    return None if is_at_work() else _LOCAL.lane
 
 
 class LanePool:
@@ -128,7 +135,8 @@ class LanePool:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        torch.set_num_threads(1)  # the work is the workers'
+        torch.set_num_threads(1)  # more threads are the workers'
+        METER.defer()  # to the end of a task
         self._ready.release()
         job: Callable[[], None] | None
         while (job := self._jobs.get()) is not None:

@@ -40,8 +40,8 @@ class ThreadState:
         ]
         self._saved = _autograd._top_saved_tensors_default_hooks(False) if saves else None
         self._context = contextvars.copy_context()
-        frame = frames.top()  # without the tensors that it has moved
-        self._frame = None if frame is None else Frame(frame.owner, frame.device, frame.chain)
+        frame = frames.top()
+        self._frame = None if frame is None else _without_tensors(frame)
 
     @property
     def records(self) -> bool:
@@ -104,6 +104,32 @@ class ThreadState:
         return [mode for mode in self._functions if id(mode) not in known]
 
 
+def run_here(function: Callable[[], Result]) -> Result:
+    """Call `function` in this thread, with the module frames that `ThreadState.run` would give it in another one."""
+    depth, frame = frames.depth(), frames.top()
+    if frame is not None:
+        frames.push(_without_tensors(frame))
+    try:
+        return function()
+    finally:
+        frames.cut_to(depth)
+
+
+def is_plain() -> bool:
+    """Whether this thread is in none of the modes and frames that `ThreadState` hands over, context variables aside."""
+    return not (
+        frames.depth()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_any_autocast_enabled()
+        or torch.is_inference_mode_enabled()
+        or saves_otherwise()
+    )
+
+
+def _without_tensors(frame: Frame) -> Frame:
+    return Frame(frame.owner, frame.device, frame.chain)
+
+
 def saves_otherwise() -> bool:
     """Whether hooks decide now what autograd saves, as in activation checkpointing."""
     return _autograd._top_saved_tensors_default_hooks(False) is not None
@@ -120,6 +146,11 @@ def has_global_hooks() -> bool:
             module._global_backward_pre_hooks,
         )
     )
+
+
+def records_now() -> bool:
+    """Whether autograd records what this thread does."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def stays_in_its_thread() -> str | None:

@@ -1,12 +1,11 @@
-"""One thread per device, which takes the tasks that are there in the order of their priority."""
+"""What works for a device: its own thread, or that of the lane which needs the result."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -15,8 +14,11 @@ from torch.autograd import profiler
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.emulate import METER
+from lightning_hetero.runtime.engine.at_work import AtWork, is_at_work
 from lightning_hetero.runtime.engine.faults import annotated
 from lightning_hetero.runtime.engine.record import Record, Recorder
+from lightning_hetero.runtime.engine.turns import Turns
+from lightning_hetero.schedule import Op
 
 _WORDS = {"F": "forward", "B": "backward"}
 
@@ -60,47 +62,48 @@ class Future:
 
 
 class Task(NamedTuple):
-    """Work for a device, in the order in which the device takes it.
+    """Work for a device.
 
     Attributes:
-        place: Of the tasks that are there, the lowest goes first.
-        call: Number of the call that it belongs to.
+        op: "F" for a forward, "B" for a backward.
+        unit: Name of the unit, for records and messages.
         lane: Its micro-batch.
-        arrival: Tasks that are equal so far keep their order.
         run: The work.
-        future: Where the result goes.
-        label: What a record calls it, and its unit.
     """
 
-    place: int
-    call: int
+    op: Op
+    unit: str
     lane: int
-    arrival: int
     run: Callable[[], Any]
-    future: Future
-    label: tuple[str, str]
 
 
 class Worker(threading.Thread):
-    """The thread of one device.
+    """A device at work: one task at a time, in the order of their priority.
+
+    Tasks run in this thread, or in that of the lane that needs the result. The latter spares two changes of thread for
+    each task, which cost more than a small module; but the thread of an accelerator has a device of its own, and that
+    of a CPU of many threads a team of them, which lanes lack.
 
     Args:
         device: Name of the device in the plan.
         torch_device: Where its tensors live.
         threads: Intra-op threads of its operations on the CPU.
         recorder: Where to note what ran.
+
+    Attributes:
+        lanes_may_help: Whether lanes may run its tasks in their own threads.
+        busy_with: Op, unit and micro-batch of the task that runs now.
     """
 
     def __init__(self, device: str, torch_device: torch.device, threads: int, recorder: Recorder) -> None:
         super().__init__(name=f"hetero-worker-{device}", daemon=True)
         self.device = device
         self.torch_device = torch_device
+        self.lanes_may_help = torch_device.type == "cpu" and threads == 1
         self._threads = threads
         self._recorder = recorder
-        self._arriving: queue.SimpleQueue[Task | None] = queue.SimpleQueue()  # None: stop
-        self._tasks: list[Task] = []
-        self._arrivals = itertools.count()
-        self._stopping = False
+        self._turns = Turns()
+        self._begun: queue.SimpleQueue[tuple[Task, Future] | None] = queue.SimpleQueue()  # None: stop
         self._ready = threading.Event()
         self.busy_with: tuple[str, str, int] | None = None
 
@@ -109,28 +112,44 @@ class Worker(threading.Thread):
         super().start()
         self._ready.wait()
 
-    def submit(
-        self, place: int, call: int, lane: int, run: Callable[[], Any], future: Future, label: tuple[str, str]
-    ) -> None:
-        """Queue a task.
+    def submit(self, place: int, call: int, task: Task) -> Future:
+        """Queue a task for the thread.
 
         Args:
-            place: See `Task`.
-            call: Number of the call.
-            lane: Index of the micro-batch.
-            run: The work; its result or exception goes to `future`.
-            future: See `run`.
-            label: Op and unit, for records and messages.
+            place: Of the tasks that are there, the lowest goes first; those of one place in the order of calls, and
+                then of lanes.
+            call: Number of the call that it belongs to.
+            task: The task.
+
+        Returns:
+            Where its result or exception goes.
         """
-        self._arriving.put(Task(place, call, lane, next(self._arrivals), run, future, label))
+        future = Future()
+        self._turns.queue(place, call, task.lane, partial(self._begun.put, (task, future)))
+        return future
+
+    def help(self, place: int, call: int, task: Task) -> Any:
+        """Run a task in the thread of a lane, when it is its turn; see `submit`.
+
+        Raises:
+            BaseException: What the task raised.
+        """
+        if is_at_work():  # autograd came from the middle of one task to another one: what is held, nobody may wait for
+            return task.run()
+        self._turns.take(place, call, task.lane)
+        try:
+            with AtWork(self.name), frames.random_numbers_arranged():
+                return self._run_one(task)
+        finally:
+            self._turns.pass_on()
 
     def stop(self) -> None:
         """End the thread once its tasks are done; `join` waits for it."""
-        self._arriving.put(None)
+        self._begun.put(None)
 
     def run(self) -> None:
         """What the thread does."""
-        with frames.random_numbers_arranged():
+        with AtWork(self.name), frames.random_numbers_arranged():
             self._work()
 
     def _work(self) -> None:
@@ -138,43 +157,44 @@ class Worker(threading.Thread):
         _enter_device(self.torch_device)
         METER.defer()
         self._ready.set()
-        while (task := self._next()) is not None:
-            op, unit = task.label
-            self.busy_with = (op, unit, task.lane)
-            frames.begin_micro_batch(task.lane)
-            records = self._recorder.records
-            start_s = perf_counter() if records is not None else 0.0
+        stopping = False
+        while not (stopping and self._begun.empty()):
+            begun = self._begun.get()
+            if begun is None:
+                stopping = True
+                continue
+            task, future = begun
             result: Any = None
             error: BaseException | None = None
             try:
-                result = _labelled(task) if profiler._is_profiler_enabled else task.run()
+                result = self._run_one(task)
             except BaseException as raised:
-                error = annotated(raised, f"{_WORDS[op]} of {unit} on {self.device}")
+                error = raised
+            self._turns.pass_on()
+            future.set(result, error)
+            del begun, task, future, result, error  # a waiting thread must not keep the last result alive
+
+    def _run_one(self, task: Task) -> Any:
+        op, unit, lane, run = task
+        self.busy_with = (op, unit, lane)
+        frames.begin_micro_batch(lane)
+        records = self._recorder.records
+        start_s = perf_counter() if records is not None else 0.0
+        try:
+            return _labelled(task) if profiler._is_profiler_enabled else run()
+        except BaseException as raised:
+            annotated(raised, f"{_WORDS[op]} of {unit} on {self.device}")
+            raise
+        finally:
             METER.pay()
             if records is not None:
-                records.append(Record(self.device, unit, op, task.lane, start_s, perf_counter()))
+                records.append(Record(self.device, unit, op, lane, start_s, perf_counter()))
             self.busy_with = None
-            task.future.set(result, error)
-            del task, result, error  # a waiting thread must not keep the last result alive
-
-    def _next(self) -> Task | None:
-        """The first of the tasks that are there; waits for one. None: there will be no more."""
-        tasks, arriving = self._tasks, self._arriving
-        while not (tasks and arriving.empty()):
-            if self._stopping and arriving.empty():
-                return None
-            task = arriving.get()
-            if task is None:
-                self._stopping = True
-            else:
-                heapq.heappush(tasks, task)
-        return heapq.heappop(tasks)
 
 
 def _labelled(task: Task) -> Any:
     """Run a task under a name that profilers of all threads show, such as `hetero/net.0/F3`."""
-    op, unit = task.label
-    with profiler.record_function(f"hetero/{unit}/{op}{task.lane}"):
+    with profiler.record_function(f"hetero/{task.unit}/{task.op}{task.lane}"):
         return task.run()
 
 

@@ -1,0 +1,287 @@
+"""The processes of a run: how they find each other, and what they say together.
+
+Everything goes through host memory and gloo, which joins processes whose devices have nothing in common.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from lightning_hetero.errors import ProcessError, UsageError
+
+NAMING_S = 2.0
+"""How long those that are left wait for each other to find out who is gone."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_stores: dict[tuple[str, int, str], Store] = {}  # open as long as this process: peers may be late at its end
+_opened = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where the processes of a run meet, and which one this is.
+
+    Attributes:
+        rank: Of this process, from 0.
+        size: How many processes there are.
+        host: Name or address of the host at which they meet.
+        port: There.
+        one_host: Whether all of them run on one host, so that nothing has to be reachable from outside.
+        agent: Whether a launcher (torchrun) listens at that port; else process 0 does.
+        attempt: How often the launcher started them anew.
+    """
+
+    rank: int
+    size: int
+    host: str
+    port: int
+    one_host: bool = False
+    agent: bool = False
+    attempt: str = "0"
+
+
+class Group:
+    """The processes of a run, as an `Exchange` of plain data and of tensors. Open it with `Group.open`.
+
+    Attributes:
+        gradients: A group of torch for sums of gradients.
+        statistics: Another one for what modules exchange inside of forward and backward.
+        waited_s: Seconds that this process has spent in exchanges, waiting for others included.
+    """
+
+    def __init__(self, address: Address, timeout_s: float, store: Store | None) -> None:
+        self._address = address
+        self._timeout = timedelta(seconds=timeout_s)
+        self._store = store
+        self._excepthook: Any = None
+        self._subgroups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self.waited_s = 0.0
+        self.gradients: dist.ProcessGroup | None = None
+        self.statistics: dist.ProcessGroup | None = None
+
+    @classmethod
+    def open(cls, address: Address, timeout_s: float) -> Group:
+        """Wait for all processes, and connect them; all of them have to call this.
+
+        A group of torch that is open already is used as it is, and left open.
+
+        Args:
+            address: Where they meet.
+            timeout_s: Seconds to wait for the others, then and in every exchange.
+
+        Raises:
+            ProcessError: Not all of them came.
+        """
+        foreign = dist.is_initialized()
+        store = None if foreign else _meeting(address, timeout_s)
+        group = cls(address, timeout_s, store)
+        with _interface(address.one_host), group.answered("while the processes of the run were connecting"):
+            if store is not None:
+                group._excepthook = sys.excepthook  # torch replaces it, each time anew
+                dist.init_process_group(
+                    "gloo", store=store, rank=address.rank, world_size=address.size, timeout=group._timeout
+                )
+            elif (dist.get_rank(), dist.get_world_size()) != (address.rank, address.size):
+                raise UsageError(
+                    f"torch.distributed is open with {dist.get_world_size()} processes, this one being number "
+                    f"{dist.get_rank()}, but the launcher says {address.size} and {address.rank}. Leave "
+                    "torch.distributed.init_process_group to the strategy."
+                )
+            group.gradients = dist.new_group(backend="gloo", timeout=group._timeout)
+            group.statistics = dist.new_group(backend="gloo", timeout=group._timeout)
+        return group
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        return self._address.rank
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self._address.size
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all of them run on one host."""
+        return self._address.one_host
+
+    def close(self) -> None:
+        """Disconnect. Safe to call when others are gone."""
+        if self._store is not None and dist.is_initialized():
+            dist.destroy_process_group()
+            if self._excepthook is not None:
+                sys.excepthook = self._excepthook
+        self.gradients = self.statistics = None
+        self._subgroups.clear()
+
+    def subgroup(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """A group of torch of some of the processes, this one among them; the others need not call this."""
+        if ranks not in self._subgroups:
+            with _interface(self.one_host), self.answered("while some of the processes were connecting"):
+                self._subgroups[ranks] = dist.new_group(
+                    list(ranks), backend="gloo", timeout=self._timeout, use_local_synchronization=True
+                )
+        return self._subgroups[ranks]
+
+    # Exchanges
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of one rank, on all of them."""
+        values = [value]
+        with self.answered("in a broadcast"):
+            dist.broadcast_object_list(values, source)
+        return values[0]
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """The values of all ranks, in their order, on all of them."""
+        values: list[Any] = [None] * dist.get_world_size(group)
+        with self.answered("in an exchange of values"):
+            dist.all_gather_object(values, value, group=group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        with self.answered("at a barrier"):
+            dist.barrier()
+
+    def reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> Tensor:
+        """The sum (or other operation of torch) over all ranks, on the tensor's device. The tensor stays as it is."""
+        host = tensor.detach().to("cpu", copy=True).contiguous()
+        with self.answered("in a reduction"):
+            dist.all_reduce(host, op=op, group=group)
+        return host.to(tensor.device)
+
+    def broadcast_tensors(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Overwrite tensors, of the same shapes on all ranks, by those of one rank."""
+        with torch.no_grad(), self.answered("while the model was handed out"):
+            for tensor in tensors:
+                host = tensor.detach().cpu().contiguous()
+                dist.broadcast(host, source)
+                if host.data_ptr() != tensor.data_ptr() or host.device != tensor.device:
+                    tensor.copy_(host)
+
+    # Failure
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others why this process leaves, and leave, so that none of them waits."""
+        if self._store is not None:
+            try:
+                words = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+                self._store.set(f"cause/{self.rank}", words)
+            except Exception:  # the store may be gone, too; the error itself is on its way to the user
+                pass
+        self.close()
+
+    @contextmanager
+    def answered(self, when: str) -> Iterator[None]:
+        """Turn what torch raises when others do not answer into an error that names them, and count the wait."""
+        begun_s = time.perf_counter()
+        try:
+            yield
+        except ProcessError as error:
+            raise ProcessError(f"{error} {self._who()}") from error
+        except (RuntimeError, ConnectionError, TimeoutError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise ProcessError(
+                f"process {self.rank} of {self.size} got no answer {when}. {self._who()} The error of torch: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        finally:
+            self.waited_s += time.perf_counter() - begun_s
+
+    def _who(self) -> str:
+        """Who is gone, and why, as far as the others say."""
+        if self._store is None:
+            return "Look at the messages of the other processes."
+        try:
+            self._store.set(f"here/{self.rank}", "yes")
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            causes = {rank: cause for rank in others if (cause := self._said(f"cause/{rank}"))}
+            if causes:
+                said = "; ".join(f"process {rank} failed with {cause}" for rank, cause in causes.items())
+                return f"{said[0].upper()}{said[1:]}."
+            gone = [rank for rank in others if not self._is_here(rank)]
+        except Exception:  # its server is gone
+            return f"The process at {self._address.host}:{self._address.port} cannot be reached any more."
+        if not gone:
+            return "All processes are there, so they are out of step, or the connection between them broke."
+        names = ", ".join(map(str, gone))
+        return f"Process {names} is gone, or busy with something else." if len(gone) == 1 else f"Gone: {names}."
+
+    def _said(self, key: str) -> str:
+        assert self._store is not None
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _is_here(self, rank: int) -> bool:
+        assert self._store is not None
+        try:
+            self._store.wait([f"here/{rank}"], timedelta(seconds=NAMING_S))
+        except RuntimeError:
+            return False
+        return True
+
+
+def _meeting(address: Address, timeout_s: float) -> Store:
+    """The store through which the processes find each other, with a name space of its own for each time it is opened.
+
+    Where all run on one host, it listens there only: whoever reaches the port of a store can write into it.
+    """
+    key = (address.host, address.port, address.attempt)
+    if key not in _stores:
+        serves = address.rank == 0 and not address.agent
+        arguments: dict[str, Any] = {}
+        if serves and address.one_host and address.host in _LOOPBACK:
+            listener = socket.create_server(("127.0.0.1", address.port))
+            arguments["master_listen_fd"] = listener.detach()
+        try:
+            _stores[key] = TCPStore(
+                address.host,
+                address.port,
+                address.size,
+                is_master=serves,
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+                **arguments,
+            )
+        except (RuntimeError, OSError) as error:
+            raise ProcessError(
+                f"process {address.rank} of {address.size} cannot reach the others at {address.host}:{address.port}: "
+                f"{str(error).splitlines()[0]}. Check that the launcher's address is right, the port is free and no "
+                "firewall is between."
+            ) from error
+    return PrefixStore(f"hetero/{address.attempt}/{next(_opened)}", _stores[key])
+
+
+@contextmanager
+def _interface(one_host: bool) -> Iterator[None]:
+    """Let gloo listen on the loopback interface only, if that is enough and nobody says otherwise."""
+    name = "GLOO_SOCKET_IFNAME"
+    if not one_host or name in os.environ or "lo" not in {name for _, name in socket.if_nameindex()}:
+        yield
+        return
+    os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def is_one_host(environment: Mapping[str, str], size: int) -> bool:
+    """Whether the launcher says that all processes run on this host."""
+    local = environment.get("LOCAL_WORLD_SIZE", "")
+    return local.isdigit() and int(local) == size

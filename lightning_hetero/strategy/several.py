@@ -1,0 +1,171 @@
+"""One of several processes: what Lightning asks of a strategy when a launcher started more than one.
+
+Each process drives devices of its own; all of them train one model, and each gets some of the rows of every batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from lightning_hetero.errors import UsageError
+from lightning_hetero.runtime.processes.group import Address, is_one_host
+from lightning_hetero.strategy._compat import Host
+from lightning_hetero.strategy.team import Team
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import SingleDeviceStrategy as _Base
+
+else:
+    _Base = object
+
+HOW_TO_LAUNCH = (
+    "Start one process per machine, for example with `torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d "
+    "--rdzv-endpoint=HOST:29500 train.py` on each of them, or as a SLURM job."
+)
+
+
+def address_of(environment: Any, num_nodes: int, variables: Mapping[str, str]) -> Address | None:
+    """Where this process and the others of the run meet; None if it is alone.
+
+    Args:
+        environment: The cluster environment that Lightning found.
+        num_nodes: What the Trainer was told.
+        variables: Of the environment.
+
+    Raises:
+        UsageError: Several machines or processes are meant, but nothing that Lightning knows launched them.
+    """
+    size = 1 if environment is None else int(environment.world_size())
+    if size > 1:
+        return Address(
+            rank=environment.global_rank(),
+            size=size,
+            host=environment.main_address,
+            port=environment.main_port,
+            one_host=is_one_host(variables, size) or ("LOCAL_WORLD_SIZE" not in variables and num_nodes == 1),
+            agent=variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            attempt=variables.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )
+    launched = variables.get("WORLD_SIZE", "1")
+    if num_nodes > 1:
+        raise UsageError(
+            f"Trainer(num_nodes={num_nodes}, strategy='hetero') is the only process: nothing started the others. "
+            + HOW_TO_LAUNCH
+        )
+    if launched.isdigit() and int(launched) > 1 and type(environment).__name__ == "LightningEnvironment":
+        raise UsageError(
+            f"WORLD_SIZE={launched} says that there are several processes, but no launcher that Lightning knows "
+            f"started them, so they cannot find each other. {HOW_TO_LAUNCH} For one process, unset WORLD_SIZE."
+        )
+    return None
+
+
+class OneOfSeveralCore(_Base):
+    """The part of the strategy that talks to the other processes of the run, if there are any.
+
+    Attributes:
+        cluster_environment: Set by Lightning's connector: what the launcher says.
+    """
+
+    cluster_environment: Any = None
+    host: ClassVar[Host]
+    _address: Address | None = None
+    _num_nodes = 1
+    _team: Team | None = None  # while a run goes on in several processes
+
+    @property
+    def num_nodes(self) -> int:
+        """What the Trainer was told."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    def set_world_ranks(self) -> None:
+        """Called by Lightning's connector once it knows the launcher.
+
+        Raises:
+            UsageError: Several machines or processes are meant, but nothing launched them.
+        """
+        self._address = address = address_of(self.cluster_environment, self._num_nodes, os.environ)
+        if address is not None:
+            self.global_rank, self.world_size = address.rank, address.size
+            self.local_rank = int(self.cluster_environment.local_rank())
+            self.host.rank_zero_only.rank = address.rank
+
+    @property
+    def _place_on_host(self) -> tuple[int, int]:
+        """Which of the processes on this machine this one is, and how many there are."""
+        environment = self.cluster_environment
+        if environment is None or environment.world_size() < 2:
+            return 0, 1
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+        index = int(environment.local_rank())
+        return index, max(int(here) if here.isdigit() else 1, index + 1)
+
+    @property
+    def node_rank(self) -> int:
+        """Number of this machine."""
+        return 0 if self._address is None else int(self.cluster_environment.node_rank())
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process writes checkpoints and logs."""
+        return self._address is None or self._address.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are other processes, so that values can be logged as means over them."""
+        return self._address is not None
+
+    # What Lightning exchanges
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Sum, mean or another reduction over the processes.
+
+        A mean within a step weighs each process by its rows of the batch, so that it is that of the whole batch if each
+        process gives the mean of its rows.
+        """
+        if self._team is None or not isinstance(tensor, Tensor):
+            return tensor
+        return self._team.reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """The tensors of all processes, stacked along a new first dimension.
+
+        Raises:
+            UnsupportedError: Their shapes differ.
+        """
+        return tensor if self._team is None else self._team.all_gather(tensor, group, sync_grads)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all processes."""
+        if self._team is not None:
+            self._team.group.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of one process, on all of them."""
+        return obj if self._team is None else self._team.group.broadcast(obj, src)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all processes say so, or any."""
+        if self._team is None:
+            return decision
+        said = self._team.group.gather(bool(decision))
+        return False not in said if all else True in said
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """The data loader of this process, which yields its rows of every batch."""
+        return dataloader if self._team is None else self._team.dealt(dataloader)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other processes, so that they end as well."""
+        team, self._team = self._team, None
+        if team is not None:
+            team.fail(exception)
+        super().on_exception(exception)

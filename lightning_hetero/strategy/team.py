@@ -1,0 +1,243 @@
+"""A run in several processes: its rows, its weights, its sums of gradients."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.runtime.processes.batch_norm import GlobalBatchNorm
+from lightning_hetero.runtime.processes.group import Address, Group
+from lightning_hetero.runtime.processes.loader import deal_loader, is_dealt_by_user
+from lightning_hetero.runtime.processes.reducer import GradientReducer
+from lightning_hetero.runtime.processes.row_ledger import RowLedger, Rows
+from lightning_hetero.schedule.dealing import Shares
+from lightning_hetero.strategy.agreement import check_agreement, check_devices, model_facts
+
+
+class Team:
+    """This process and the others of a run.
+
+    Args:
+        address: Where they meet.
+        shares: How much of a batch each process gets, in proportion to the others; empty: all the same.
+        timeout_s: Seconds to wait for others.
+        facts: What has to be equal in all processes, by a name for messages.
+
+    Raises:
+        ProcessError: Not all processes came.
+        UsageError: They differ in what they are to do.
+
+    Attributes:
+        group: All processes.
+        deals: Whether rows are dealt out; False leaves that to user code.
+        rows: Of the batch that runs now; None outside of steps, and where user code deals the data out.
+    """
+
+    def __init__(
+        self, address: Address, shares: Sequence[float], timeout_s: float, facts: Mapping[str, object]
+    ) -> None:
+        self.group = Group.open(address, timeout_s)
+        versions = {name: importlib.metadata.version(name) for name in ("lightning-hetero", "torch")}
+        check_agreement(self.group, {**{f"version of {name}": v for name, v in versions.items()}, **facts})
+        self._shares = Shares(shares or [1.0] * address.size)
+        self._ledger = RowLedger()
+        self._loaders = 0
+        self.deals = True
+        self.rows: Rows | None = None
+        self._in_step = False
+        self._reducer: GradientReducer | None = None
+        self._norms: GlobalBatchNorm | None = None
+        self._parameters: list[nn.Parameter] = []
+
+    # The model
+
+    def adopt(self, model: nn.Module, devices: Sequence[torch.device]) -> None:
+        """Give the model of this process the values of process 0's.
+
+        Raises:
+            UsageError: The models differ, or two processes use one device; on every process.
+        """
+        check_devices(self.group, devices)
+        check_agreement(self.group, model_facts(model))
+        if any(isinstance(module, _BatchNorm) for module in model.modules()):
+            self._norms = GlobalBatchNorm(model, self.group.statistics, self.group.rank, self.group.size)
+        tensors = [*model.parameters(), *model.buffers()]
+        self.group.broadcast_tensors([tensor.data for tensor in tensors if not tensor.is_meta])
+
+    def attach(self, model: nn.Module) -> None:
+        """Sum the gradients of this model."""
+        self.detach()
+        self._parameters = list(model.parameters())
+        self._reducer = GradientReducer(self._parameters, self.group.gradients)
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        reducer, self._reducer = self._reducer, None
+        if reducer is not None:
+            reducer.close()
+
+    def close(self) -> None:
+        """The run ends, on all processes."""
+        self.detach()
+        self.group.barrier()
+        self.group.close()
+
+    def fail(self, error: BaseException) -> None:
+        """The run ends here, for this reason."""
+        self.detach()
+        self.group.fail(error)
+
+    # Data
+
+    def dealt(self, loader: Any) -> Any:
+        """The loader of this process.
+
+        Raises:
+            UsageError: The rows of its batches cannot be dealt out; on every process.
+        """
+        if not self.deals or not isinstance(loader, DataLoader) or is_dealt_by_user(loader):
+            return loader
+        self._loaders += 1
+        return deal_loader(loader, self.group, self._shares, self._ledger, f"data loader {self._loaders}")
+
+    def take(self, convert: Callable[[Any], Any], batch: Any) -> Any:
+        """A batch comes from its loader. Stands before the host's conversion of its precision."""
+        self.rows = self._ledger.of(batch)
+        return convert(batch)
+
+    def count(self, own: int) -> None:
+        """Learn how many rows all processes have, if user code has dealt them out."""
+        if self.rows is None:
+            self.rows = Rows(tuple(self.group.gather(own)), self.group.rank)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this process has no row of the batch that runs now."""
+        return self.rows is not None and self.rows.own == 0
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether some process has no row of the batch that runs now."""
+        return self.rows is not None and 0 in self.rows.sizes
+
+    @property
+    def weight(self) -> float:
+        """The part of the batch that this process has."""
+        return 1.0 if self.rows is None else self.rows.own / self.rows.total
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """User code works on the rows of this process.
+
+        Raises:
+            UnsupportedError: Some processes have no rows, but the model needs those of all.
+        """
+        norms = self._norms
+        if norms is not None:
+            self._check_norms(norms)
+            norms.attach()
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+            if norms is not None:
+                norms.detach()
+
+    def _check_norms(self, norms: GlobalBatchNorm) -> None:
+        if self.is_incomplete and (name := norms.needs_all_ranks):
+            assert self.rows is not None
+            raise UnsupportedError(
+                f"a batch of {self.rows.total} rows leaves some of the {self.group.size} processes without any, but "
+                f"{name} normalises over the rows of all of them. Set drop_last=True in the data loader, or choose "
+                "another batch size."
+            )
+
+    def check_manual(self) -> None:
+        """Refuse manual optimization where some processes have no rows: nobody knows what their step would have done.
+
+        Raises:
+            UnsupportedError: On all processes.
+        """
+        if self.is_incomplete:
+            assert self.rows is not None
+            raise UnsupportedError(
+                f"a batch of {self.rows.total} rows leaves some of the {self.group.size} processes without any, and "
+                "with manual optimization they cannot follow the steps of the others. Set drop_last=True in the data "
+                "loader, or choose another batch size."
+            )
+
+    def before_step(self) -> None:
+        """The optimizer steps after the backward that comes: sums of gradients may go out while it runs."""
+        if self._reducer is not None:
+            self._reducer.begin()
+
+    def no_loss(self) -> Tensor:
+        """What a training step without rows returns."""
+        return torch.zeros((), requires_grad=True)
+
+    # Gradients
+
+    def before_manual_backward(self) -> None:
+        """Sums of earlier backwards are on all processes; one of them keeps them through the next sum."""
+        if self.group.rank:
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            for gradient in gradients:
+                gradient.zero_()
+        if self._reducer is not None:
+            self._reducer.begin()
+
+    def sum_gradients(self) -> None:
+        """The gradients of all processes, on all of them."""
+        assert self._reducer is not None
+        with self.group.answered("in the sum of gradients"):
+            self._reducer.finish()
+
+    # Exchange
+
+    @property
+    def _present(self) -> dist.ProcessGroup | None:
+        """The processes that run this step, if some have no rows for it; None: all."""
+        if not self._in_step or not self.is_incomplete:
+            return None
+        assert self.rows is not None
+        return self.group.subgroup(tuple(rank for rank, size in enumerate(self.rows.sizes) if size))
+
+    def reduce(self, tensor: Tensor, group: Any, op: Any) -> Tensor:
+        """As a strategy's. In a step, only processes with rows take part, and a mean is one over rows."""
+        group = self._present if group is None else group
+        if not (isinstance(op, str) and op.lower() in ("mean", "avg")):
+            chosen = getattr(dist.ReduceOp, op.upper()) if isinstance(op, str) else op
+            return self.group.reduce(tensor, dist.ReduceOp.SUM if chosen is None else chosen, group)
+        weight = self.weight if self._in_step and self.rows is not None else 1.0 / dist.get_world_size(group)
+        wide = tensor if tensor.is_floating_point() else tensor.double()  # a mean of numbers of rows is no whole number
+        return self.group.reduce(wide * weight, group=group)
+
+    def all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
+        """As a strategy's. In a step, only processes with rows take part."""
+        group = self._present if group is None else group
+        shapes = self.group.gather(tuple(tensor.shape), group)
+        if len(set(shapes)) > 1:
+            raise UnsupportedError(
+                "all_gather stacks tensors of one shape, but those of the processes are "
+                f"{', '.join(map(str, shapes))}: each gets as many rows of a batch as it is fast enough for. Use a "
+                "torchmetrics metric, which joins any number of rows, or gather sums."
+            )
+        host = tensor.cpu().contiguous()
+        with self.group.answered("in all_gather"):
+            if sync_grads:
+                parts = list(functional.all_gather(host, group=dist.group.WORLD if group is None else group))
+            else:
+                parts = [torch.empty_like(host) for _ in shapes]
+                dist.all_gather(parts, host, group=group)
+        return torch.stack(parts).to(tensor.device)

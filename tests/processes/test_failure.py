@@ -1,0 +1,80 @@
+"""What happens to one process reaches all of them, within seconds and in words."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import launch
+
+PROGRAM = str(Path(__file__).with_name("failing.py"))
+CASES = [
+    ("kill", 0),
+    ("kill", 1),
+    ("error", 1),
+    ("term", 0),
+    ("term", 1),
+    ("lengths", 1),
+    ("model", 1),
+    ("shares", 0),
+]
+Runs = dict[tuple[str, int], tuple[Path, list[launch.Ended]]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All cases, side by side: most of their time goes into imports."""
+    folders = {case: tmp_path_factory.mktemp("-".join(map(str, case))) for case in CASES}
+    started = {
+        (what, rank): launch.start([PROGRAM, what, str(rank), "4", str(folder)], 2)
+        for (what, rank), folder in folders.items()
+    }
+    return {case: (folders[case], launch.wait(processes)) for case, processes in started.items()}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_named_by_the_other(runs: Runs, rank: int) -> None:
+    _, ended = runs["kill", rank]
+    assert ended[rank].code == -signal.SIGKILL
+    left = ended[1 - rank]
+    assert left.code == 1
+    assert "ProcessError" in left.text
+    # Process 0 holds the store by which the others find out.
+    assert re.search("Process 1 is gone" if rank else "cannot be reached any more|Process 0 is gone", left.text)
+
+
+def test_an_error_in_one_process_is_the_cause_in_the_other(runs: Runs) -> None:
+    _, ended = runs["error", 1]
+    assert [process.code for process in ended] == [1, 1]
+    assert "ValueError: the dog ate this row" in ended[1].text
+    assert "Process 1 failed with ValueError: the dog ate this row" in ended[0].text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_process_ends_both_after_the_same_step(runs: Runs, rank: int) -> None:
+    folder, ended = runs["term", rank]
+    assert [process.code for process in ended] == [0, 0], ended  # as Lightning ends a single process
+    assert not any("ProcessError" in process.text or "is done" in process.text for process in ended)
+    steps = [(folder / f"steps-{number}").read_text().count("\n") for number in (0, 1)]
+    assert steps[0] == steps[1] <= 6
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (("lengths", 1), r"53.*31"),
+        (("model", 1), "the processes of the run differ in their model"),
+        (("shares", 0), "the processes of the run differ in their shares"),
+    ],
+)
+def test_processes_that_would_not_do_the_same_are_refused(runs: Runs, case: tuple[str, int], words: str) -> None:
+    folder, ended = runs[case]
+    assert [process.code for process in ended] == [1, 1]
+    for process in ended:
+        assert re.search(words, process.text), process.text
+    assert not (folder / "steps-0").exists()
