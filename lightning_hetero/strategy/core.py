@@ -34,6 +34,7 @@ from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.schedule import get_schedule
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
 from lightning_hetero.strategy.activation_checkpointing import ActivationCheckpointing
+from lightning_hetero.strategy.balance import Balance
 from lightning_hetero.strategy.busy import BusyTable, busy_table
 from lightning_hetero.strategy.checkpoint import on_cpu
 from lightning_hetero.strategy.first_steps import PROFILE, FirstSteps, can_gain, steps_left
@@ -126,7 +127,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
         device_profile: File with measured numbers of the devices, as `lightning-hetero devices --measure --json` prints
             them; None measures them, and keeps them in the user's cache.
         shares: With several processes, how much of every batch each gets, in proportion to the others and in order of
-            their ranks; None: all the same.
+            their ranks. None begins with the same for all, and changes that in the first steps if some turn out to be
+            faster. Fixed shares give the same results bit for bit each time.
         hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads,
             and after which another process that does not answer counts as gone.
         verbose: Whether to print the plan once.
@@ -354,6 +356,7 @@ class HeteroStrategyCore(OneOfSeveralCore):
                 TakesBatches(self.precision_plugin, self._team),
                 QuietSigterm(trainer, self._team),
             ]
+            self._balance = None if self._shares or not self._team.deals else Balance(self._team)
         planning = self._planning(fitting)
         self._place(planning.before_optimizers())
         self.model = self._setup_model(self.model)
@@ -432,6 +435,7 @@ class HeteroStrategyCore(OneOfSeveralCore):
             watch, self._watch = self._watch, None
             if watch is not None:
                 watch.close()
+            self._balance = None
             guests, self._guests = self._guests, []
             for guest in guests:
                 guest.close()
@@ -529,6 +533,9 @@ class HeteroStrategyCore(OneOfSeveralCore):
                 guest.agree()
         if team.rows is None:
             team.count(self.host.extract_batch_size(batch))
+        if self._balance is not None:
+            module: Any = self.lightning_module
+            self._balance.step_begins(module.trainer.fit_loop._combined_loader.flattened)
 
     def _go_on(self, watch: Watch) -> None:
         """What the steps so far have to say before the next one."""
@@ -682,6 +689,7 @@ class HeteroStrategyCore(OneOfSeveralCore):
             "_measured": None,
             "_team": None,
             "_guests": [],
+            "_balance": None,
         }
 
 

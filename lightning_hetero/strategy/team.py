@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from lightning_hetero.runtime.processes.row_ledger import RowLedger, Rows
 from lightning_hetero.schedule.dealing import Shares
 from lightning_hetero.strategy.agreement import check_agreement, check_devices, model_facts
 
+log = logging.getLogger(__name__)
+
 
 class Team:
     """This process and the others of a run.
@@ -40,6 +43,7 @@ class Team:
     Attributes:
         group: All processes.
         deals: Whether rows are dealt out; False leaves that to user code.
+        shares: How much of a batch each process gets.
         rows: Of the batch that runs now; None outside of steps, and where user code deals the data out.
     """
 
@@ -49,7 +53,7 @@ class Team:
         self.group = Group.open(address, timeout_s)
         versions = {name: importlib.metadata.version(name) for name in ("lightning-hetero", "torch")}
         check_agreement(self.group, {**{f"version of {name}": v for name, v in versions.items()}, **facts})
-        self._shares = Shares(shares or [1.0] * address.size)
+        self.shares = Shares(shares or [1.0] * address.size)
         self._ledger = RowLedger()
         self._loaders = 0
         self.deals = True
@@ -97,6 +101,11 @@ class Team:
         self.detach()
         self.group.fail(error)
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this process has spent in exchanges."""
+        return self.group.waited_s
+
     # Data
 
     def dealt(self, loader: Any) -> Any:
@@ -108,7 +117,14 @@ class Team:
         if not self.deals or not isinstance(loader, DataLoader) or is_dealt_by_user(loader):
             return loader
         self._loaders += 1
-        return deal_loader(loader, self.group, self._shares, self._ledger, f"data loader {self._loaders}")
+        if (loader.batch_size or self.group.size) < self.group.size and self.group.rank == 0:
+            log.warning(
+                "batches of %s rows are worked on by one process after the other, as there are %s; a batch size of at "
+                "least the number of processes lets all of them work",
+                loader.batch_size,
+                self.group.size,
+            )
+        return deal_loader(loader, self.group, self.shares, self._ledger, f"data loader {self._loaders}")
 
     def take(self, convert: Callable[[Any], Any], batch: Any) -> Any:
         """A batch comes from its loader. Stands before the host's conversion of its precision."""

@@ -113,8 +113,14 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
     shares = {"even": [1.0] * size, "third": [1.0, 3.0], "five": [2.0, 3.0, 5.0]}
     given = next((value for word, value in shares.items() if word in name and size > 1), None)
     steps = Steps()
+    devices = "cpu"
+    if "pipeline" in name and size > 1:  # each process drives several devices of its own, and not the same ones
+        devices = ",".join(["cpu@speed=1"] * (2 + rank))
+        strategy = {"placement": "even", "micro_batches": 2, **strategy}
+    if "in-parts" in name:
+        strategy |= {"micro_batching": "step", "micro_batches": 2}
     trainer = L.Trainer(
-        strategy=HeteroStrategy(devices="cpu", shares=given, hang_timeout_s=60, verbose=False, **strategy),
+        strategy=HeteroStrategy(devices=devices, shares=given, hang_timeout_s=60, verbose=False, **strategy),
         accelerator="cpu",
         max_epochs=4,
         accumulate_grad_batches=2 if "accumulate" in name else 1,

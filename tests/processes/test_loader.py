@@ -348,6 +348,19 @@ def test_a_dealt_loader_is_dealt_anew(on_ranks: OnRanks) -> None:
     assert (first, second) == ([[0], [4]], [[1, 2, 3], [5, 6, 7]])
 
 
+def test_persistent_workers_of_the_original_stay_with_it(on_ranks: OnRanks) -> None:
+    def work(exchange: Any) -> None:
+        loader = make(5, batch_size=2, num_workers=1, persistent_workers=True)
+        list(loader)
+        iterator = loader._iterator
+        dealt = deal(loader, exchange, (1,))
+        assert [rows_of(batch) for batch in dealt] == [[0, 1], [2, 3], [4]]
+        assert loader._iterator is iterator
+        assert dealt._iterator is not iterator
+
+    assert on_ranks(1, work) == [None]
+
+
 def test_order_is_kept_even_if_the_user_does_not_need_it(on_ranks: OnRanks) -> None:
     def work(exchange: Any) -> tuple[bool, bool]:
         loader = DataLoader(Numbers(4), num_workers=1, in_order=False)
@@ -488,6 +501,14 @@ def test_the_ledger_forgets_loaders_that_are_gone(on_ranks: OnRanks) -> None:
         assert ledger.of(another) is not None
 
     assert on_ranks(2, work) == [None, None]
+
+
+def test_of_a_batch_that_was_given_again_the_last_time_counts() -> None:
+    ledger = RowLedger()
+    one, other = ledger.page("one"), ledger.page("other")
+    for page, total in ((one, 1), (other, 2), (one, 3), (one, 4), (other, 5)):
+        page.enter(NO_ROWS, Rows((total, 0), 1))
+        assert ledger.of(NO_ROWS) == ledger.of([NO_ROWS, None]) == Rows((total, 0), 1)
 
 
 def test_batches_of_several_loaders_have_to_be_shared_in_proportion(on_ranks: OnRanks) -> None:

@@ -15,7 +15,17 @@ import jobs
 import launch
 
 JOBS = {
-    2: ["even", "third", "third-accumulate", "third-norm", "even-manual", "third-clip", "third-single"],
+    2: [
+        "even",
+        "third-accumulate",
+        "third-norm",
+        "even-manual",
+        "third-clip",
+        "third-single",
+        "third-pipeline-accumulate",
+        "third-pipeline-in-parts",
+        "third-pipeline-norm",
+    ],
     3: ["even-accumulate-norm", "five", "five-norm", "five-single"],
 }
 

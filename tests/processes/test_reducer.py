@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -238,7 +239,7 @@ def random_models() -> None:
         return everyone
 
     @settings(
-        max_examples=40,
+        max_examples=30,
         derandomize=True,
         database=None,
         deadline=None,
@@ -380,7 +381,7 @@ def a_rank_without_rows_takes_part() -> None:
         train(model, reducer, 3, lambda model, rank: None)
         assert grads(model) == [None] * 8
         train(model, reducer, 4, run_once)
-        assert reducer.resent == 0, "a step without rows teaches nothing"
+        assert reducer.resent == 0, "a step without rows teaches nothing wrong"
 
 
 @job
@@ -529,7 +530,6 @@ def all_refuse_different_models() -> None:
 
 @job
 def nothing_is_left() -> None:
-    threads = psutil.Process().num_threads()
     model = layers()
     reducer = GradientReducer(model.parameters(), bucket_bytes=1)
     train(model, reducer, 0, run_once)
@@ -548,7 +548,9 @@ def nothing_is_left() -> None:
     assert "closed" in str(raised(UsageError, reducer.begin))
     assert "closed" in str(raised(UsageError, reducer.finish))
     assert psutil.Process().num_threads() == threads
-    dist.barrier()
+    deadline = time.monotonic() + 20  # a thread of gloo lets go of a sum a moment after it has told that it is done
+    while any(buffer() is not None for buffer in buffers) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert [buffer() for buffer in buffers] == [None] * 8
     gc.collect()
     gc.disable()

@@ -130,7 +130,7 @@ class UnitCall:
         worker = self.unit.worker
         place = call.place("B", self.unit, lane)
         task = Task("B", self.unit.name, lane.index, partial(self._backward, lane, given))
-        if worker.lanes_may_help and is_plain():
+        if worker.takes_help and is_plain():
             self._result = partial(worker.help, place, call.number, task)
         else:
             self._result = worker.submit(place, call.number, task).get
@@ -237,14 +237,12 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
             return unit.run(*passed, **named)
 
     worker = unit.worker
-    run = partial(run_here if worker.lanes_may_help else ThreadState(call.device_types).run, work)
+    helps = worker.takes_help
+    run = partial(run_here if helps else ThreadState(call.device_types).run, work)
     task = Task("F", unit.name, lane.index, run)
     place = call.place("F", unit, lane)
     with lane.stream.paused() if lane.stream is not None else _NOTHING, call.in_order(lane, unit):
-        if worker.lanes_may_help:
-            output = worker.help(place, call.number, task)
-        else:
-            output = worker.submit(place, call.number, task).get()
+        output = worker.help(place, call.number, task) if helps else worker.submit(place, call.number, task).get()
     if versions != [version_of(tensor) for tensor in given.tensors]:
         raise CannotCutError(f"{unit.name} changes its input in place")
     if containers and not are_unchanged(containers):

@@ -21,7 +21,7 @@ class Turns:
         self._arrivals = itertools.count()
 
     def queue(self, place: int, call: int, lane: int, begin: Callable[[], object]) -> None:
-        """Call `begin`, which returns at once, when it is the turn of a task; in the thread that ends the one before."""
+        """Call `begin`, which returns at once, when a task has its turn; in the thread that ends the one before it."""
         with self._lock:
             if self._is_taken:
                 heapq.heappush(self._waiting, (place, call, lane, next(self._arrivals), begin))

@@ -91,7 +91,6 @@ class Worker(threading.Thread):
         recorder: Where to note what ran.
 
     Attributes:
-        lanes_may_help: Whether lanes may run its tasks in their own threads.
         busy_with: Op, unit and micro-batch of the task that runs now.
     """
 
@@ -99,7 +98,7 @@ class Worker(threading.Thread):
         super().__init__(name=f"hetero-worker-{device}", daemon=True)
         self.device = device
         self.torch_device = torch_device
-        self.lanes_may_help = torch_device.type == "cpu" and threads == 1
+        self._needs_no_thread = torch_device.type == "cpu" and threads == 1
         self._threads = threads
         self._recorder = recorder
         self._turns = Turns()
@@ -111,6 +110,11 @@ class Worker(threading.Thread):
         """Start the thread, and wait until it is set up."""
         super().start()
         self._ready.wait()
+
+    @property
+    def takes_help(self) -> bool:
+        """Whether lanes run its tasks in their own threads; not under a profiler, where each device has its row."""
+        return self._needs_no_thread and not profiler._is_profiler_enabled
 
     def submit(self, place: int, call: int, task: Task) -> Future:
         """Queue a task for the thread.

@@ -60,9 +60,14 @@ class Slot:
         usual: How often a backward accumulates its gradient, at most; None if no step has told yet.
         count: How often this one did.
         watched: Whether this step counts.
+
+    Raises:
+        UsageError: The parameter is lazy, and has no shape yet.
     """
 
     def __init__(self, parameter: nn.Parameter, name: str) -> None:
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UsageError(f"{name} has no shape yet. Run one batch through the lazy module first.")
         self.parameter = parameter
         self.name = name
         self.usual: int | None = None
@@ -144,9 +149,9 @@ class Slot:
         else:
             self.parameter.grad.copy_(self._values)
 
-    def end(self, learn: bool) -> None:
+    def end(self) -> None:
         """Forget this step, except for the number of accumulations."""
-        if learn and self.watched:
+        if self.watched:
             self.usual = max(self.usual or 0, self.count)
         self.count, self.watched, self._seen = 0, False, None
 

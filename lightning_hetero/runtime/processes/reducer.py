@@ -3,8 +3,8 @@
 Gradients are copied into buckets (`buckets.py`) as they come, and a full bucket is summed by all ranks in the
 background, as DistributedDataParallel does. Here nothing is promised beforehand about which parameters get a gradient,
 or how often: the local gradients stay untouched until the end of the step, so a bucket that went out too early is
-found out (by the gradient's identity and version) and summed again. The last bucket goes out at the end only, and says so: it carries, for every other bucket,
-whether some rank wants it again, and whether some rank cannot go on at all.
+found out (by the gradient's identity and version) and summed again. The last bucket goes out at the end only: it
+carries, for every other bucket, whether some rank wants it again, and whether some rank cannot go on at all.
 """
 
 from __future__ import annotations
@@ -62,9 +62,6 @@ class GradientReducer:
         if given and len(given) != len(unique):
             raise UsageError(f"{len(given)} names for {len(unique)} different parameters. Give one name for each.")
         slots = [Slot(p, given[i] if given else f"parameter {i}") for i, p in enumerate(unique)]
-        for slot in slots:
-            if isinstance(slot.parameter, nn.parameter.UninitializedParameter):
-                raise UsageError(f"{slot.name} has no shape yet. Run one batch through the lazy module first.")
         # What cannot have a gradient (quantised integers) takes no part.
         self._slots = [slot for slot in slots if slot.parameter.is_floating_point() or slot.parameter.is_complex()]
         groups = compose([slot.parameter for slot in self._slots], bucket_bytes)
@@ -130,9 +127,8 @@ class GradientReducer:
                 self._verify()
                 self._sum()
         finally:
-            learn = any(slot.count for slot in self._slots)  # a rank without rows learns nothing
             for slot in self._slots:
-                slot.end(learn)
+                slot.end()
             self._sums.forget()
             self._next, self._problem = 0, None
 

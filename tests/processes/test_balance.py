@@ -1,0 +1,29 @@
+"""Shares follow the speed of the processes, and every row is still seen once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import jobs
+import launch
+
+PROGRAM = str(Path(__file__).with_name("balancing.py"))
+
+
+def test_a_slow_process_gets_fewer_rows(tmp_path: Path) -> None:
+    started = {}
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        started[workers] = launch.start([PROGRAM, str(folder), str(workers)], 2)
+    for workers, processes in started.items():
+        for process in launch.wait(processes):
+            assert process.code == 0, process.text
+        slow, fast = (json.loads((tmp_path / str(workers) / f"seen-{rank}.json").read_text()) for rank in (0, 1))
+        assert len(slow[0]) >= len(fast[0])
+        assert 1.5 * len(slow[-1]) < len(fast[-1])
+        for epoch, rows in enumerate(slow):
+            assert sorted(rows + fast[epoch]) == list(range(jobs.ROWS))
