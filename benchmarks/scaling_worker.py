@@ -134,6 +134,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what Lightning prints is no answer
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_num_threads(1)
+    import faulthandler; faulthandler.dump_traceback_later(25)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(asdict(answer(Training(**json.loads(line)), rank))), file=answers, flush=True)

@@ -469,6 +469,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
         assert self.model is not None
         rematerialize = plan.execution.rematerialize or self._terms.rematerialize is True
         plan = self._checkpointing.applied(plan, rematerialize)
+        if self._team is not None and (note := self._team.note(training=plan.training)) not in plan.notes:
+            plan = replace(plan, notes=(*plan.notes, note))
         previous, self._plan = self._plan, plan
         if self._placed is not None and previous is not None and in_effect(previous) == in_effect(plan):
             return

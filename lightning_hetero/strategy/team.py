@@ -16,13 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.plan.explain import format_seconds
 from lightning_hetero.runtime.processes.batch_norm import GlobalBatchNorm
-from lightning_hetero.runtime.processes.group import Address, Group
+from lightning_hetero.runtime.processes.group import Address, Group, LinkSpeed
 from lightning_hetero.runtime.processes.loader import deal_loader, is_dealt_by_user
 from lightning_hetero.runtime.processes.reducer import GradientReducer
 from lightning_hetero.runtime.processes.row_ledger import RowLedger, Rows
 from lightning_hetero.schedule.dealing import Shares
 from lightning_hetero.strategy.agreement import check_agreement, check_devices, model_facts
+from lightning_hetero.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class Team:
         self.shares = Shares(shares or [1.0] * address.size)
         self._ledger = RowLedger()
         self._loaders = 0
+        self._gradient_bytes = 0
+        self._link: LinkSpeed | None = None
         self.deals = True
         self.rows: Rows | None = None
         self._in_step = False
@@ -77,6 +81,22 @@ class Team:
             self._norms = GlobalBatchNorm(model, self.group.statistics, self.group.rank, self.group.size)
         tensors = [*model.parameters(), *model.buffers()]
         self.group.broadcast_tensors([tensor.data for tensor in tensors if not tensor.is_meta])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
+        self._link = self.group.measure()
+
+    def note(self, *, training: bool) -> str:
+        """What the plan of this process has to say about the others."""
+        size, link = self.group.size, self._link
+        assert link is not None
+        words = f"One of {size} processes that share every batch"
+        if not training:
+            return f"{words}."
+        took, gradients = format_seconds(link.seconds(self._gradient_bytes, size)), format_bytes(self._gradient_bytes)
+        return (
+            f"{words}; the sum of {gradients} of gradients takes {took} a step "
+            f"over the slowest link, which does {link.bytes_per_s / 1e6:.3g} MB/s, less what the backward hides."
+        )
 
     def attach(self, model: nn.Module) -> None:
         """Sum the gradients of this model."""

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -357,6 +358,20 @@ def a_checkpointed_module_used_twice_goes_out_once() -> None:
             assert len(events) == 8
         assert reducer.resent == 0
     handle.remove()
+
+
+@job
+def gradients_may_have_a_graph() -> None:
+    def run(model: nn.Module, rank: int) -> None:
+        model(inputs(rank)).pow(3).sum().backward(create_graph=True)
+
+    model = layers()
+    with reducing(model) as reducer, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
+        for step in range(3):
+            train(model, reducer, step, run)
+            assert all(bucket.flat is None or not bucket.flat.requires_grad for bucket in reducer._buckets)
+        model.zero_grad()
 
 
 @job

@@ -114,7 +114,6 @@ class Slot:
             values = torch.view_as_complex(values.view(*self._shape, 2)) if self._dtype.is_complex else values
             self._values = values.view(self._shape)
 
-    @torch.no_grad()
     def pack(self) -> None:
         """Copy the gradient into the buffer; zeros, and the flag of absence, if there is none."""
         assert self._values is not None
@@ -127,7 +126,7 @@ class Slot:
             self._flag.zero_()
         else:
             self.check()
-            self._values.copy_(grad)
+            self._values.copy_(grad.detach() if grad.requires_grad else grad)  # it does with create_graph
             self._flag.fill_(1)
         self._seen = seen
 
@@ -140,9 +139,8 @@ class Slot:
         now = self.parameter.grad
         return now is grad and count == self.count and (now is None or now._version == version)
 
-    @torch.no_grad()
     def unpack(self) -> None:
-        """Copy the sum from the buffer into `.grad`, which is made if there is none."""
+        """Copy the sum from the buffer into `.grad`, which is made if there is none. Grad mode must be off."""
         assert self._values is not None
         if self.parameter.grad is None:
             self.parameter.grad = torch.empty_like(self.parameter, requires_grad=False).copy_(self._values)

@@ -25,6 +25,8 @@ from lightning_hetero.errors import ProcessError, UsageError
 
 NAMING_S = 2.0
 """How long those that are left wait for each other to find out who is gone."""
+PROBE_BYTES = 2**20
+"""Size of the sum by which the link between processes is measured."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _stores: dict[tuple[str, int, str], Store] = {}  # open as long as this process: peers may be late at its end
 _opened = itertools.count()
@@ -51,6 +53,23 @@ class Address:
     one_host: bool = False
     agent: bool = False
     attempt: str = "0"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """What sums over the processes cost.
+
+    Attributes:
+        latency_s: Of the smallest one.
+        bytes_per_s: Over the slowest link.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, size_bytes: float, processes: int) -> float:
+        """Of a sum over a ring: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters", 2009."""
+        return self.latency_s + 2 * (processes - 1) / processes * size_bytes / self.bytes_per_s
 
 
 class Group:
@@ -164,6 +183,21 @@ class Group:
         with self.answered("in a reduction"):
             dist.all_reduce(host, op=op, group=group)
         return host.to(tensor.device)
+
+    def measure(self) -> LinkSpeed:
+        """How fast sums go over all processes; takes some milliseconds, on a slow network some tenths of a second."""
+        words = torch.zeros(PROBE_BYTES // 4)
+        self.barrier()
+        latency_s = min(self._seconds(torch.zeros(1)) for _ in range(5))
+        seconds = min(self._seconds(words) for _ in range(2))
+        over_link = 2 * (self.size - 1) / self.size * PROBE_BYTES  # of a ring all-reduce, each way
+        slowest: list[tuple[float, float]] = self.gather((latency_s, over_link / max(seconds - latency_s, 1e-9)))
+        return LinkSpeed(max(latency for latency, _ in slowest), min(rate for _, rate in slowest))
+
+    def _seconds(self, tensor: Tensor) -> float:
+        begun_s = time.perf_counter()
+        self.reduce(tensor)
+        return time.perf_counter() - begun_s
 
     def broadcast_tensors(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Overwrite tensors, of the same shapes on all ranks, by those of one rank."""

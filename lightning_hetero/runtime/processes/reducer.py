@@ -108,6 +108,7 @@ class GradientReducer:
                 if early and (slot.usual == 0 or not slot.watched):
                     self._pack_early(bucket, slot)
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Call it after the last backward: `.grad` holds the sum over all ranks afterwards, where any rank had one.
 
