@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import socket
 
-SWITCHES = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")  # only torchrun itself sets these
-
 
 def free_port() -> int:
     """A port of the loopback interface that nobody listens at."""

@@ -10,28 +10,25 @@ The configurations take turns. Then a formula, which is not measured, says what 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import multiprocessing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from statistics import median
 
-from launched import SWITCHES, free_port
+from launched import free_port
 from report import is_quick, report
-from scaling_worker import Answer, Training
+from scaling_worker import Answer, Training, take_part
 
 from lightning_hetero.simulate.costs import Path as Link
 
-WORKER = Path(__file__).with_name("scaling_worker.py")
 SIZES = (1, 2, 4, 8)
 ROWS = 16  # of each process
 STEP_S = 0.15  # that these take
 SLOWER = 3.0
 LAPS, STEPS = 5, 6
 QUICK_LAPS, QUICK_STEPS = 1, 2
+PATIENCE_S = 120.0
 HOSTS = (2, 4, 8, 16, 32, 64, 128, 256)
 LATENCY_S = 50e-6
 LINKS = {"1 Gbit/s": Link(LATENCY_S, 8 / 1e9), "10 Gbit/s": Link(LATENCY_S, 8 / 10e9)}
@@ -62,70 +59,53 @@ CONFIGURATIONS = {
 }
 
 
-class Workers:
-    """Processes that wait for trainings."""
+def train(configuration: Configuration, steps: int) -> Answer:
+    """What process 0 of a training says.
 
-    def __init__(self, processes: list[subprocess.Popen[str]]) -> None:
-        self._processes = processes
+    The processes are new ones, forked from a server that has the imports behind it.
 
-    def train(self, configuration: Configuration, steps: int) -> Answer:
-        """What process 0 says.
-
-        Raises:
-            RuntimeError: A process has ended.
-        """
-        size = len(configuration.slower)
-        training = Training(
-            size=size,
-            port=free_port(),
-            shares=list(configuration.shares),
-            slower=list(configuration.slower),
-            rows=configuration.rows,
-            row_s=STEP_S / ROWS,
-            steps=steps,
-        )
-        taking_part = self._processes[:size]
-        for process in taking_part:
-            assert process.stdin is not None
-            print(json.dumps(asdict(training)), file=process.stdin, flush=True)
-        return [Answer(**json.loads(_line_of(process))) for process in taking_part][0]
-
-
-@contextmanager
-def workers(size: int) -> Iterator[Workers]:
-    """Start the processes, and end them after the block."""
-    without = [word for name in SWITCHES for word in ("-u", name)]
+    Raises:
+        RuntimeError: A process has ended, or answers no more.
+    """
+    size = len(configuration.slower)
+    training = Training(
+        size=size,
+        port=free_port(),
+        shares=list(configuration.shares),
+        slower=list(configuration.slower),
+        rows=configuration.rows,
+        row_s=STEP_S / ROWS,
+        steps=steps,
+    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "lightning_hetero.strategy.lightning_pytorch"])
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        subprocess.Popen(
-            ["env", *without, sys.executable, str(WORKER), str(rank)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
+        context.Process(target=take_part, args=(training, rank, theirs), daemon=True)
+        for rank, (_, theirs) in enumerate(pipes)
     ]
+    for process, (_, theirs) in zip(processes, pipes, strict=True):
+        process.start()
+        theirs.close()  # so that a process which dies is noticed
     try:
-        for process in processes:
-            _line_of(process)
-        yield Workers(processes)
+        first, *_ = [_answer(ours) for ours, _ in pipes]
+        return first
     finally:
         for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in processes:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:  # it waits for one that has died
+            process.join(10)
+            if process.is_alive():
                 process.kill()
-                process.wait()
+                process.join()
 
 
-def _line_of(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError("a process has ended, see its traceback above")
-    return line
+def _answer(pipe: Connection) -> Answer:
+    if not pipe.poll(PATIENCE_S):
+        raise RuntimeError("a process does not answer")
+    try:
+        answer: Answer = pipe.recv()
+    except EOFError:
+        raise RuntimeError("a process has ended, see its traceback above") from None
+    return answer
 
 
 def ring_s(hosts: int, size_bytes: int, link: Link) -> float:
@@ -143,8 +123,8 @@ def ring_s(hosts: int, size_bytes: int, link: Link) -> float:
 
 def table(size_bytes: int, compute_s: float) -> Iterable[str]:
     """What more hosts would cost by the formula, in lines for people."""
-    yield f"By formula, NOT measured: ring all-reduce of {size_bytes} bytes of gradients after {compute_s:.3g} s of work,"
-    yield f"none of it hidden behind the work; {LATENCY_S * 1e6:.0f} us latency; as many rows on each host."
+    yield f"By formula, NOT measured: {compute_s:.3g} s of work, then a ring all-reduce of {size_bytes} bytes of gradients"
+    yield f"that nothing hides; {LATENCY_S * 1e6:.0f} us latency; each host has as many rows, however many there are."
     yield f"{'hosts':>5}" + "".join(f"{f'{name}: step s':>20}{'efficiency':>12}" for name in LINKS)
     for hosts in HOSTS:
         steps_s = [compute_s + ring_s(hosts, size_bytes, link) for link in LINKS.values()]
@@ -156,12 +136,11 @@ def main() -> None:
     laps, steps = (QUICK_LAPS, QUICK_STEPS) if quick else (LAPS, STEPS)
     taken_s: dict[str, list[float]] = {name: [] for name in CONFIGURATIONS}
     size_bytes = 0
-    with workers(max(SIZES)) as started:
-        for lap in range(laps):
-            for name in list(CONFIGURATIONS)[:: 1 if lap % 2 == 0 else -1]:
-                answer = started.train(CONFIGURATIONS[name], steps)
-                taken_s[name].append(median(answer.step_s))
-                size_bytes = answer.gradient_bytes
+    for lap in range(laps):
+        for name in list(CONFIGURATIONS)[:: 1 if lap % 2 == 0 else -1]:
+            answer = train(CONFIGURATIONS[name], steps)
+            taken_s[name].append(median(answer.step_s))
+            size_bytes = answer.gradient_bytes
     step_s = {name: median(values) for name, values in taken_s.items()}
     for name, values in taken_s.items():
         print(f"{name:<12}", *(f"{value * 1e3:8.1f}" for value in values), " ms a step, lap by lap")

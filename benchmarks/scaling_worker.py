@@ -1,17 +1,14 @@
-"""One of the processes of `scale.py`: waits for trainings, makes its part of each, and says what a step took.
-
-A training is a line of JSON on the standard input, the answer one on the standard output. Processes that have no part
-in a training wait, which costs nothing. So imports come once, and configurations can take turns.
-"""
+"""What one of the processes of `scale.py` does: it trains, and says what a step took."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import logging
 import os
-import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -106,8 +103,12 @@ class Stopwatch(pl.Callback):
         self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
 
 
-def answer(training: Training, rank: int) -> Answer:
-    """Take part in a training."""
+def take_part(training: Training, rank: int, pipe: Connection) -> None:
+    """Be one of the processes of a training, and send an `Answer`."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for advice in (".*does not have many workers", ".*treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=advice)
+    torch.set_num_threads(1)
     os.environ.update(environment(rank, training.size, training.port))
     watch = Stopwatch()
     steps = WARM_STEPS + training.steps + 1
@@ -125,20 +126,5 @@ def answer(training: Training, rank: int) -> Answer:
     )
     trainer.fit(Model(training.row_s * training.slower[rank]), DataLoader(data, batch_size=training.rows))
     begun_s = watch.begun_s[WARM_STEPS:]
-    return Answer([after - before for before, after in zip(begun_s, begun_s[1:], strict=False)], watch.gradient_bytes)
-
-
-def main() -> None:
-    rank = int(sys.argv[1])
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what Lightning prints is no answer
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(25)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(asdict(answer(Training(**json.loads(line)), rank))), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    step_s = [after - before for before, after in itertools.pairwise(begun_s)]
+    pipe.send(Answer(step_s, watch.gradient_bytes))

@@ -530,6 +530,7 @@ class HeteroStrategyCore(OneOfSeveralCore):
 
     def _meet(self, team: Team, batch: Any) -> None:
         """What the processes tell each other before a step."""
+        team.release_norms()
         for guest in self._guests:
             if isinstance(guest, QuietSigterm):
                 guest.agree()
@@ -573,9 +574,13 @@ class HeteroStrategyCore(OneOfSeveralCore):
         module: Any = self.lightning_module
         if not module.automatic_optimization:
             team.check_manual()
-        elif not module.trainer.fit_loop._should_accumulate():
-            team.before_step()
-        with team.step():
+        else:
+            team.hold_sums()
+            if not module.trainer.fit_loop._should_accumulate():
+                team.before_step()
+        if self._stepper is not None:
+            team.check_in_parts()
+        with team.step(keeps_norms=module.automatic_optimization):
             return team.no_loss() if team.is_idle else self._watched_step(*args, **kwargs)
 
     def _watched_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -651,11 +656,14 @@ class HeteroStrategyCore(OneOfSeveralCore):
         module: Any = self.lightning_module
         automatic = module.automatic_optimization
         if not automatic:
-            team.before_manual_backward()
+            team.hold_sums()
+            team.before_step()
         plugin = self.precision_plugin
         self.pre_backward(loss)
         loss = plugin.pre_backward(loss * team.weight, module)
         plugin.backward(loss, module, *args, **kwargs)
+        if automatic:
+            team.release_norms()
         if not automatic or not module.trainer.fit_loop._should_accumulate():
             team.sum_gradients()
         loss = plugin.post_backward(loss, module)

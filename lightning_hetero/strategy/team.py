@@ -66,6 +66,7 @@ class Team:
         self._reducer: GradientReducer | None = None
         self._norms: GlobalBatchNorm | None = None
         self._parameters: list[nn.Parameter] = []
+        self._holds_sums = False
 
     # The model
 
@@ -102,10 +103,13 @@ class Team:
         """Sum the gradients of this model."""
         self.detach()
         self._parameters = list(model.parameters())
-        self._reducer = GradientReducer(self._parameters, self.group.gradients)
+        names = [name for name, _ in model.named_parameters()]
+        self._reducer = GradientReducer(self._parameters, self.group.gradients, names=names)
+        self._holds_sums = False
 
     def detach(self) -> None:
         """Leave the model as it was."""
+        self.release_norms()
         reducer, self._reducer = self._reducer, None
         if reducer is not None:
             reducer.close()
@@ -172,8 +176,12 @@ class Team:
         return 1.0 if self.rows is None else self.rows.own / self.rows.total
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, *, keeps_norms: bool = False) -> Iterator[None]:
         """User code works on the rows of this process.
+
+        Args:
+            keeps_norms: Whether batch normalisation goes on to see the rows of all processes until `release_norms`,
+                for a backward that runs parts of the forward again.
 
         Raises:
             UnsupportedError: Some processes have no rows, but the model needs those of all.
@@ -185,10 +193,30 @@ class Team:
         self._in_step = True
         try:
             yield
+        except BaseException:
+            self.release_norms()
+            raise
         finally:
             self._in_step = False
-            if norms is not None:
-                norms.detach()
+            if not keeps_norms:
+                self.release_norms()
+
+    def release_norms(self) -> None:
+        """What follows is for this process alone."""
+        if self._norms is not None:
+            self._norms.detach()
+
+    def check_in_parts(self) -> None:
+        """Refuse training steps in micro-batches with batch normalisation: each would be normalised on its own.
+
+        Raises:
+            UnsupportedError: On all processes.
+        """
+        if self._norms is not None and (name := self._norms.needs_all_ranks):
+            raise UnsupportedError(
+                f"micro_batching='step' with several processes would normalise each micro-batch on its own in {name}, "
+                "and the processes have different numbers of them. Use micro_batching='forward'."
+            )
 
     def _check_norms(self, norms: GlobalBatchNorm) -> None:
         if self.is_incomplete and (name := norms.needs_all_ranks):
@@ -224,20 +252,23 @@ class Team:
 
     # Gradients
 
-    def before_manual_backward(self) -> None:
-        """Sums of earlier backwards are on all processes; one of them keeps them through the next sum."""
-        if self.group.rank:
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
-            for gradient in gradients:
-                gradient.zero_()
-        if self._reducer is not None:
-            self._reducer.begin()
+    def hold_sums(self) -> None:
+        """Before a backward: sums of an earlier one that still stand are kept by one process through the next sum.
+
+        Those are gradients that nobody has cleared: with manual optimization, and of parameters without optimizer.
+        """
+        if self._holds_sums and self.group.rank:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        self._holds_sums = False
 
     def sum_gradients(self) -> None:
         """The gradients of all processes, on all of them."""
         assert self._reducer is not None
         with self.group.answered("in the sum of gradients"):
             self._reducer.finish()
+        self._holds_sums = True
 
     # Exchange
 

@@ -13,7 +13,16 @@ import pytest
 from lightning_hetero.testing import EmulatedAccelerator
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SHARED = {"lockstep.py", "placement_instances.py", "report.py", "sleeping.py", "torch_pipelining.py"}
+SHARED = {
+    "elastic_training.py",
+    "launched.py",
+    "lockstep.py",
+    "placement_instances.py",
+    "report.py",
+    "scaling_worker.py",
+    "sleeping.py",
+    "torch_pipelining.py",
+}
 FIGURES = {
     "auto.py": {"mlp_ratio", "convnet_ratio", "transformer_ratio", "noise_ratio", "cpu_only_devices"},
     "connected_overhead.py": {
@@ -24,6 +33,17 @@ FIGURES = {
         "two_stages_ratio",
         "border_us",
     },
+    "elastic.py": {
+        "recovered",
+        "torchrun_failures",
+        "restarts_most",
+        "lost_steps_most",
+        "resume_s_median",
+        "resume_s_most",
+        "sigterm_hangs",
+        "sigterm_wrong_ends",
+        "sigterm_exit_s_most",
+    },
     "prediction.py": {
         "emulated_step_error",
         "emulated_rank",
@@ -32,6 +52,12 @@ FIGURES = {
         "memory_error",
         "memory_worst",
         "memory_too_bright",
+    },
+    "scale.py": {
+        *(f"{what}_{size}" for what in ("scale", "exchange_ms") for size in (2, 4, 8)),
+        "noise_ratio",
+        "uneven_share",
+        "uneven_to_even",
     },
     "shares.py": {"share_of_sum", "over_fast_alone", "over_equal_shares"},
     "overhead.py": {

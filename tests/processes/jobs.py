@@ -14,9 +14,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, Subset
 
+import lightning_hetero.testing.policies  # noqa: F401  (registers round_robin)
 from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
+from lightning_hetero.testing import install_accelerator
 
 ROWS = 53
 
@@ -39,6 +42,8 @@ class Numbers(Dataset[tuple[Tensor, Tensor, int]]):
 class Net(L.LightningModule):
     """Three layers; records which rows it saw."""
 
+    again = False  # whether the backward runs the forward again
+
     def __init__(self, norm: bool = False, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
@@ -47,12 +52,15 @@ class Net(L.LightningModule):
             nn.Linear(8, 16), *middle, nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
         ).double()
         self.unused = nn.Linear(2, 2).double()
+        self.forgotten = nn.Parameter(torch.ones(8, dtype=torch.float64))  # in no optimizer: its gradients add up
         self.seen: dict[str, list[int]] = {}
 
     def loss(self, batch: Any, name: str) -> Tensor:
         x, y, index = batch
         self.seen.setdefault(name, []).extend(index.tolist())
-        return functional.cross_entropy(self.net(x), y)
+        x = x * self.forgotten
+        out = checkpoint(self.net, x, use_reentrant=False) if self.again and self.training else self.net(x)
+        return functional.cross_entropy(out, y)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch, f"train{self.current_epoch}")
@@ -71,7 +79,8 @@ class Net(L.LightningModule):
         return self.net(batch[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01, weight_decay=0.1)
+        trained = [p for p in self.parameters() if p is not self.forgotten]
+        return torch.optim.Adam(trained, lr=0.01, weight_decay=0.1)
 
 
 class Manual(Net):
@@ -91,14 +100,31 @@ class Manual(Net):
 
 
 class Steps(L.Callback):
-    """Losses as a logger sees them."""
+    """Losses as a logger sees them, and gradients that no optimizer clears."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.gradient: Tensor | None = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(module, Net)
+        if module.forgotten.grad is not None:
+            self.gradient = module.forgotten.grad.clone()
         if "loss_step" in trainer.callback_metrics:
             self.losses.append(float(trainer.callback_metrics["loss_step"]))
+
+
+OWN_PARTS = [range(12), range(12, 48)]  # dealt out by the user, in batches of 4 and 12 rows
+
+
+def own_part(rank: int, size: int) -> DataLoader[Any]:
+    """The rows that the user gives this process, or all of them in the same batches."""
+    data = Numbers()
+    if size > 1:
+        return DataLoader(Subset(data, OWN_PARTS[rank]), batch_size=(4, 12)[rank])
+    first, second = OWN_PARTS
+    batches = [[*first[4 * k : 4 * k + 4], *second[12 * k : 12 * k + 12]] for k in range(3)]
+    return DataLoader(data, batch_sampler=batches)
 
 
 def loader(batch_size: int = 10, **arguments: Any) -> DataLoader[Any]:
@@ -111,17 +137,22 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
     rank = int(os.environ.get("RANK", "0"))  # processes begin with different numbers, and process 0 decides
     model = Manual(rank) if "manual" in name else Net("norm" in name, rank)
     shares = {"even": [1.0] * size, "third": [1.0, 3.0], "five": [2.0, 3.0, 5.0]}
+    model.again = "again" in name
     given = next((value for word, value in shares.items() if word in name and size > 1), None)
     steps = Steps()
     devices = "cpu"
     if "pipeline" in name and size > 1:  # each process drives several devices of its own, and not the same ones
         devices = ",".join(["cpu@speed=1"] * (2 + rank))
         strategy = {"placement": "even", "micro_batches": 2, **strategy}
+    if "accelerator" in name and size > 1:
+        devices = f"cpu,{install_accelerator().devices[rank]}"
+        strategy = {"placement": "round_robin", **strategy}
     if "in-parts" in name:
         strategy |= {"micro_batching": "step", "micro_batches": 2}
     trainer = L.Trainer(
         strategy=HeteroStrategy(devices=devices, shares=given, hang_timeout_s=60, verbose=False, **strategy),
         accelerator="cpu",
+        use_distributed_sampler="own-part" not in name,
         max_epochs=4,
         accumulate_grad_batches=2 if "accumulate" in name else 1,
         gradient_clip_val=0.7 if "clip" in name else None,
@@ -134,9 +165,14 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
     )
     torch.manual_seed(3 + rank)
     batch_size = 1 if "single" in name else 10
-    trainer.fit(model, loader(batch_size, shuffle=True), loader(7))
+    own = "own-part" in name
+    trainer.fit(model, own_part(rank, size) if own else loader(batch_size, shuffle=True), None if own else loader(7))
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert steps.gradient is not None
+    state["gradients without an optimizer"] = steps.gradient
+    if own:
+        return {"state": state, "seen": model.seen, "metrics": metrics, "losses": steps.losses, "predictions": []}
     trainer.test(model, loader(9), verbose=False)
     metrics |= {key: float(value) for key, value in trainer.callback_metrics.items()}
     predictions = trainer.predict(model, loader(9))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import launch
+import pytest
 
 PROGRAM = str(Path(__file__).with_name("failing.py"))
 CASES = [

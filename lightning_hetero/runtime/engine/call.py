@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
 
 
+_NOTHING = nullcontext()
+
+
 class Call:
     """Something that runs in lanes.
 
@@ -66,7 +69,7 @@ class Call:
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None]:
         """Within the block, lower lanes are done with the unit, if their order matters."""
-        return nullcontext()
+        return _NOTHING
 
     def passing(self, lane: Lane, key: Hashable) -> AbstractContextManager[None]:
         """Within the block, lower lanes are done with `key`, if their order matters."""

@@ -8,7 +8,8 @@ outputs, is known to the worker only::
 
 In the backward, Exit only submits a task, because it may run in autograd's own thread of an accelerator, which other
 lanes need too. Enter waits for the task: its gradient is that of a CPU scalar, so it runs in the lane's own thread.
-One node that submits and waits deadlocks as soon as outputs are on an accelerator.
+One node that submits and waits deadlocks as soon as outputs are on an accelerator. Where they are on the CPU, its
+backward runs in the lane's own thread, and one node, Both, does the work of two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.worker import Task, Worker
 from lightning_hetero.runtime.transfer import version_of
+
+if TYPE_CHECKING:
+    from lightning_hetero.runtime.engine.call import Call
 
 _NO_GRADIENT = torch.zeros((), device="cpu")  # what every phony gets; nobody looks at it
 _NOTHING = nullcontext()
@@ -94,7 +98,7 @@ class UnitCall:
 
     __slots__ = ("_edges", "_inputs", "_lane", "_outputs", "_result", "inner", "leaves", "number", "unit")
 
-    def __init__(self, lane: Lane, unit: Unit, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def __init__(self, call: Call, lane: Lane, unit: Unit, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         self._lane = weakref.ref(lane)
         self.unit = unit
         self.number = len(lane.trace) - 1
@@ -102,7 +106,7 @@ class UnitCall:
         self._outputs: list[Tensor] | None = outputs
         self._edges, leaves, nodes = walk(outputs, known=inputs)
         self.leaves = unit.homes(leaves)
-        self.inner: set[Node] | None = nodes if lane.call.checks_capture else None
+        self.inner: set[Node] | None = nodes if call.checks_capture else None
         self._result: Callable[[], Any] | None = None
         lane.units.append(self)
 
@@ -153,7 +157,7 @@ class UnitCall:
         if not pairs:
             return (None,) * len(inputs)
         reached, theirs = zip(*pairs, strict=True)
-        with _drawing(lane, self.unit, None):
+        with _drawing(call, lane, self.unit, None):
             found = gradients(reached, theirs, [*inputs, *self._edges], keep_graph=call.keeps_graph)
         count = len(inputs)
         call.sums.add(self.unit.number, lane.index, self.number, self.leaves, found[count:])
@@ -197,9 +201,25 @@ class Exit(torch.autograd.Function):
         return None, _NO_GRADIENT
 
 
+class Both(torch.autograd.Function):
+    """Enter and Exit in one, for outputs on the CPU; see the module's text."""
+
+    @staticmethod
+    def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> Any:  # noqa: D102
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return call.detached_outputs()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
+        ctx.call.submit_backward(gradients)
+        return (None, None, *ctx.call.wait())
+
+
 # `Function.apply` itself would look for torch.func first: a third of its time, for what `call_unit` has ruled out.
 _enter: Any = super(torch.autograd.Function, Enter).apply
 _exit: Any = super(torch.autograd.Function, Exit).apply
+_both: Any = super(torch.autograd.Function, Both).apply
 
 
 def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -233,7 +253,7 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
 
     def work() -> Any:
         call.check()
-        with _drawing(lane, unit, number):
+        with _drawing(call, lane, unit, number):
             return unit.run(*passed, **named)
 
     worker = unit.worker
@@ -247,7 +267,7 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
         raise CannotCutError(f"{unit.name} changes its input in place")
     if containers and not are_unchanged(containers):
         raise CannotCutError(f"{unit.name} writes into a container that it is given")
-    return _attach(lane, unit, output, given.tensors, tensors, lane_inputs, inputs) if records else output
+    return _attach(call, lane, unit, output, given.tensors, tensors, lane_inputs, inputs) if records else output
 
 
 def _detached(tensors: list[Tensor], lane_inputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -267,6 +287,7 @@ def _detached(tensors: list[Tensor], lane_inputs: list[Tensor], inputs: list[Ten
 
 
 def _attach(
+    call: Call,
     lane: Lane,
     unit: Unit,
     output: Any,
@@ -290,16 +311,18 @@ def _attach(
             # A leaf (a weight that is returned) has no node to begin a backward at.
             traced.append(tensor if tensor.grad_fn is not None else tensor.view_as(tensor))
     if traced:
-        call = UnitCall(lane, unit, inputs, traced)
-        outputs = _exit(call, _enter(call, lane.anchor, *lane_inputs))
+        made = UnitCall(call, lane, unit, inputs, traced)
+        if all(tensor.is_cpu for tensor in traced):
+            outputs = _both(made, lane.anchor, *lane_inputs)
+        else:
+            outputs = _exit(made, _enter(made, lane.anchor, *lane_inputs))
         for place, tensor in zip(places, outputs, strict=True):
             results[place] = tensor
     return found.build(results)
 
 
-def _drawing(lane: Lane, unit: Unit, number: int | None) -> AbstractContextManager[None]:
+def _drawing(call: Call, lane: Lane, unit: Unit, number: int | None) -> AbstractContextManager[None]:
     """The generator of the unit's device, if the unit draws random numbers; set for call `number` of the lane."""
-    call = lane.call
     if not unit.draws or call.seed is None:
         return _NOTHING
     seed = None if number is None else derive(call.seed, lane.index, 1 + number)

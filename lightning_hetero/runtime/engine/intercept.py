@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_hetero.runtime.engine.at_work import is_at_work
 from lightning_hetero.runtime.engine.cut import call_unit
 from lightning_hetero.runtime.engine.key import Keys
-from lightning_hetero.runtime.engine.lanes import calling_lane
+from lightning_hetero.runtime.engine.lanes import calling_lane, current_lane
 from lightning_hetero.runtime.engine.replicas import Seat
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.worker import Worker
@@ -84,7 +84,9 @@ class _Unit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, where it belongs: by the worker if it comes from a lane, else here."""
-        lane = calling_lane()
+        if is_at_work():
+            return self.run(*args, **kwargs)
+        lane = current_lane()
         if lane is not None:
             return call_unit(lane, self, args, kwargs)
         trial = self.engine.trial
@@ -105,7 +107,7 @@ class ModuleUnit(_Unit):
 
     def called(self, *args: Any, **kwargs: Any) -> Any:
         """The call of user code that is in no lane; cut into micro-batches if there are replicas."""
-        if self.region is None or self.engine.is_inline or is_at_work():
+        if self.region is None or self.engine.is_inline:
             return self.run(*args, **kwargs)
         return self.engine.call_region(self.region, args, kwargs)
 

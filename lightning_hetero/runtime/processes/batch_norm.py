@@ -96,7 +96,8 @@ class GlobalBatchNorm:
     def detach(self) -> None:
         """Give every module back the `forward` that it had.
 
-        Not before the backward, if that runs forwards again (activation checkpointing).
+        Not before the backward: where that runs forwards again (activation checkpointing), they would see the rows of
+        one process, and gradients would be wrong without an error.
         """
         for each in reversed(self._attached):
             each.remove()

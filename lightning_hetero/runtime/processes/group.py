@@ -9,6 +9,7 @@ import itertools
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from lightning_hetero.errors import ProcessError, UsageError
 
+LEAVING_S = 5.0
+"""How long a process that failed waits for its connections to close."""
 NAMING_S = 2.0
 """How long those that are left wait for each other to find out who is gone."""
 PROBE_BYTES = 2**20
@@ -218,7 +221,10 @@ class Group:
                 self._store.set(f"cause/{self.rank}", words)
             except Exception:  # the store may be gone, too; the error itself is on its way to the user
                 pass
-        self.close()
+        # gloo cannot cancel a sum: it may hold this up until its timeout, and the error is not to wait for that.
+        leaving = threading.Thread(target=self.close, name="leave-processes", daemon=True)
+        leaving.start()
+        leaving.join(LEAVING_S)
 
     @contextmanager
     def answered(self, when: str) -> Iterator[None]:
