@@ -36,7 +36,6 @@ SIDE_BY_SIDE = 2
 RESTARTS = 3
 PATIENCE_S = 120.0
 SEED = 7
-UNASKED = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")  # torchrun's own
 Outcome = TypeVar("Outcome")
 
 
@@ -160,12 +159,11 @@ def judged(code: int, said: str, folder: Path) -> Killed:
 def ask(folder: Path, number: int) -> Asked:
     """Run without torchrun; one process gets SIGTERM."""
     port = free_port()
-    inherited = {name: value for name, value in os.environ.items() if name not in UNASKED}
     outputs = [(folder / f"output-{rank}").open("w") for rank in range(PROCESSES)]
     processes = [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), str(folder), "SIGTERM", *drawn(number)],
-            env={**inherited, **environment(rank, PROCESSES, port)},
+            env={**os.environ, **environment(rank, PROCESSES, port)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

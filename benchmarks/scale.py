@@ -123,8 +123,8 @@ def ring_s(hosts: int, size_bytes: int, link: Link) -> float:
 
 def table(size_bytes: int, compute_s: float) -> Iterable[str]:
     """What more hosts would cost by the formula, in lines for people."""
-    yield f"By formula, NOT measured: {compute_s:.3g} s of work, then a ring all-reduce of {size_bytes} bytes of gradients"
-    yield f"that nothing hides; {LATENCY_S * 1e6:.0f} us latency; each host has as many rows, however many there are."
+    yield f"By formula, NOT measured: {compute_s:.3g} s of work, then a ring all-reduce of {size_bytes} bytes, which"
+    yield f"nothing hides; {LATENCY_S * 1e6:.0f} us latency; each host has as many rows, however many there are."
     yield f"{'hosts':>5}" + "".join(f"{f'{name}: step s':>20}{'efficiency':>12}" for name in LINKS)
     for hosts in HOSTS:
         steps_s = [compute_s + ring_s(hosts, size_bytes, link) for link in LINKS.values()]

@@ -29,16 +29,13 @@ from lightning_hetero.runtime.engine.record import Recording
 from lightning_hetero.runtime.engine.stepper import Stepper
 from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
-from lightning_hetero.runtime.processes.group import Address
 from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.schedule import get_schedule
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
 from lightning_hetero.strategy.activation_checkpointing import ActivationCheckpointing
-from lightning_hetero.strategy.balance import Balance
 from lightning_hetero.strategy.busy import BusyTable, busy_table
 from lightning_hetero.strategy.checkpoint import on_cpu
 from lightning_hetero.strategy.first_steps import PROFILE, FirstSteps, can_gain, steps_left
-from lightning_hetero.strategy.guests import OwnSamplers, QuietSigterm, TakesBatches
 from lightning_hetero.strategy.memory import readable_out_of_memory
 from lightning_hetero.strategy.online import REPLAN, Online
 from lightning_hetero.strategy.optimizers import (
@@ -64,7 +61,6 @@ from lightning_hetero.strategy.refusals import check_callbacks
 from lightning_hetero.strategy.report import print_plan, save_plan
 from lightning_hetero.strategy.several import OneOfSeveralCore
 from lightning_hetero.strategy.steps import RECORDED, merged_output, replay
-from lightning_hetero.strategy.team import Team
 from lightning_hetero.strategy.trial import in_effect
 from lightning_hetero.strategy.watch import Watch
 
@@ -197,9 +193,6 @@ class HeteroStrategyCore(OneOfSeveralCore):
             around=self._moment,
         )
         self._shares = shares_of_processes(shares)
-        self._guests: list[
-            OwnSamplers | QuietSigterm | TakesBatches
-        ] = []  # what stands in places of Lightning's while a run goes on
         self._profile = one_of("profile", profile, PROFILE)
         self._replan = one_of("replan", replan, REPLAN)
         self._device_profile = None if device_profile is None else Path(device_profile)
@@ -304,30 +297,24 @@ class HeteroStrategyCore(OneOfSeveralCore):
             raise UsageError("the strategy has no devices yet; hand it to Trainer(strategy=...)")
         super().setup_environment()
         if self._address is not None:
-            self._join(self._address)
+            self._join(self._address, self._facts(), self._pipelining.hang_timeout_s)
 
-    def _join(self, address: Address) -> None:
+    def _facts(self) -> dict[str, object]:
+        """What has to be the same in all processes.
+
+        Raises:
+            UnsupportedError: Something that is for one process only.
+        """
         if self._pipelining.defers_batch_norm:
             raise UnsupportedError(
                 "batch_norm='defer' is for one process; with several, modules with batch normalisation normalise over "
                 "the rows of all processes, as one device would. Leave out batch_norm."
             )
-        if self._shares and len(self._shares) != address.size:
-            raise UsageError(
-                f"shares={list(self._shares)} is for {len(self._shares)} processes, but the launcher started "
-                f"{address.size}."
-            )
-        terms = self._terms
-        facts = {
-            "shares": list(self._shares),
-            "micro_batching": "forward" if FORWARD in terms.schedules else "step",
-            "gradient accumulation": getattr(self._trainer_of(), "accumulate_grad_batches", 1),
-        }
-        self._team = Team(address, self._shares, self._pipelining.hang_timeout_s, facts)
-
-    def _trainer_of(self) -> Any:
         module: Any = self.lightning_module
-        return None if module is None else module.trainer
+        return {
+            "micro_batching": "forward" if FORWARD in self._terms.schedules else "step",
+            "gradient accumulation": 1 if module is None else module.trainer.accumulate_grad_batches,
+        }
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -350,13 +337,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
         self.model = self.precision_plugin.convert_module(self.model)
         fitting = trainer.state.fn == "fit"
         if self._team is not None:
-            self._team.adopt(self.model, [torch.device(str(d.torch_device)) for d in self._inventory.trainable])
-            self._guests = [
-                OwnSamplers(trainer, self._team),
-                TakesBatches(self.precision_plugin, self._team),
-                QuietSigterm(trainer, self._team),
-            ]
-            self._balance = None if self._shares or not self._team.deals else Balance(self._team)
+            devices = [torch.device(str(device.torch_device)) for device in self._inventory.trainable]
+            self._begin_together(self._team, trainer, self.model, devices)
         planning = self._planning(fitting)
         self._place(planning.before_optimizers())
         self.model = self._setup_model(self.model)
@@ -435,14 +417,9 @@ class HeteroStrategyCore(OneOfSeveralCore):
             watch, self._watch = self._watch, None
             if watch is not None:
                 watch.close()
-            self._balance = None
-            guests, self._guests = self._guests, []
-            for guest in guests:
-                guest.close()
+            self._dismiss_guests()
             self._release(torch.device("cpu"))
-            team, self._team = self._team, None
-            if team is not None:
-                team.close()
+            self._part()
             super().teardown()
         except Exception:
             log.warning("the model could not be gathered on the CPU; parts of it may still be elsewhere", exc_info=True)
@@ -528,18 +505,6 @@ class HeteroStrategyCore(OneOfSeveralCore):
         if self._watch is not None:
             self._go_on(self._watch)
 
-    def _meet(self, team: Team, batch: Any) -> None:
-        """What the processes tell each other before a step."""
-        team.release_norms()
-        for guest in self._guests:
-            if isinstance(guest, QuietSigterm):
-                guest.agree()
-        if team.rows is None:
-            team.count(self.host.extract_batch_size(batch))
-        if self._balance is not None:
-            module: Any = self.lightning_module
-            self._balance.step_begins(module.trainer.fit_loop._combined_loader.flattened)
-
     def _go_on(self, watch: Watch) -> None:
         """What the steps so far have to say before the next one."""
         module: Any = self.lightning_module
@@ -571,17 +536,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
         team = self._team
         if team is None:
             return self._watched_step(*args, **kwargs)
-        module: Any = self.lightning_module
-        if not module.automatic_optimization:
-            team.check_manual()
-        else:
-            team.hold_sums()
-            if not module.trainer.fit_loop._should_accumulate():
-                team.before_step()
-        if self._stepper is not None:
-            team.check_in_parts()
-        with team.step(keeps_norms=module.automatic_optimization):
-            return team.no_loss() if team.is_idle else self._watched_step(*args, **kwargs)
+        with self._training_together(team, in_parts=self._stepper is not None) as is_idle:
+            return team.no_loss() if is_idle else self._watched_step(*args, **kwargs)
 
     def _watched_step(self, *args: Any, **kwargs: Any) -> Any:
         with readable_out_of_memory(), frames.balanced():
@@ -612,27 +568,18 @@ class HeteroStrategyCore(OneOfSeveralCore):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step, on the rows of this process."""
-        with readable_out_of_memory(), frames.balanced(), self._team_step() as is_idle:
+        with readable_out_of_memory(), frames.balanced(), self._evaluating_together() as is_idle:
             return None if is_idle else super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step, on the rows of this process."""
-        with readable_out_of_memory(), frames.balanced(), self._team_step() as is_idle:
+        with readable_out_of_memory(), frames.balanced(), self._evaluating_together() as is_idle:
             return None if is_idle else super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step, on the rows of this process."""
-        with readable_out_of_memory(), frames.balanced(), self._team_step() as is_idle:
+        with readable_out_of_memory(), frames.balanced(), self._evaluating_together() as is_idle:
             return None if is_idle else super().predict_step(*args, **kwargs)
-
-    @contextmanager
-    def _team_step(self) -> Iterator[bool]:
-        """Around a step without gradients; whether this process has no rows for it."""
-        if self._team is None:
-            yield False
-            return
-        with self._team.step():
-            yield self._team.is_idle
 
     def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:
         """The batch on the root device."""
@@ -650,25 +597,6 @@ class HeteroStrategyCore(OneOfSeveralCore):
             if self._team is None:
                 return super().backward(closure_loss, *args, **kwargs)
             return self._weighted_backward(self._team, closure_loss, *args, **kwargs)
-
-    def _weighted_backward(self, team: Team, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's, with sums of gradients before hooks see them."""
-        module: Any = self.lightning_module
-        automatic = module.automatic_optimization
-        if not automatic:
-            team.hold_sums()
-            team.before_step()
-        plugin = self.precision_plugin
-        self.pre_backward(loss)
-        loss = plugin.pre_backward(loss * team.weight, module)
-        plugin.backward(loss, module, *args, **kwargs)
-        if automatic:
-            team.release_norms()
-        if not automatic or not module.trainer.fit_loop._should_accumulate():
-            team.sum_gradients()
-        loss = plugin.post_backward(loss, module)
-        self.post_backward(loss)
-        return loss
 
     # Checkpoints
 
@@ -689,18 +617,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
         keep_state_beside_parameters(self.optimizers)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return {
-            **state,
-            "_placed": None,
-            "_reconciler": None,
-            "_stepper": None,
-            "_watch": None,
-            "_measured": None,
-            "_team": None,
-            "_guests": [],
-            "_balance": None,
-        }
+        of_a_run = ("_placed", "_reconciler", "_stepper", "_watch", "_measured", "_team", "_sigterm", "_balance")
+        return {**super().__getstate__(), **dict.fromkeys(of_a_run), "_guests": ()}
 
 
 def _serves(accelerator: Any, root: torch.device) -> bool:

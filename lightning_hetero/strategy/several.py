@@ -6,14 +6,18 @@ Each process drives devices of its own; all of them train one model, and each ge
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_hetero.errors import UsageError
 from lightning_hetero.runtime.processes.group import Address, is_one_host
 from lightning_hetero.strategy._compat import Host
+from lightning_hetero.strategy.balance import Balance
+from lightning_hetero.strategy.guests import OwnSamplers, QuietSigterm, TakesBatches
 from lightning_hetero.strategy.team import Team
 
 if TYPE_CHECKING:
@@ -75,7 +79,11 @@ class OneOfSeveralCore(_Base):
     host: ClassVar[Host]
     _address: Address | None = None
     _num_nodes = 1
+    _shares: tuple[float, ...] = ()
     _team: Team | None = None  # while a run goes on in several processes
+    _guests: Sequence[OwnSamplers | TakesBatches] = ()
+    _sigterm: QuietSigterm | None = None
+    _balance: Balance | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -122,6 +130,106 @@ class OneOfSeveralCore(_Base):
     def is_distributed(self) -> bool:
         """Whether there are other processes, so that values can be logged as means over them."""
         return self._address is not None
+
+    # A run
+
+    def _join(self, address: Address, facts: Mapping[str, object], timeout_s: float) -> None:
+        """Meet the other processes.
+
+        Raises:
+            ProcessError: Some of them did not come.
+            UsageError: They differ in what they are to do.
+        """
+        if self._shares and len(self._shares) != address.size:
+            raise UsageError(
+                f"shares={list(self._shares)} is for {len(self._shares)} processes, but the launcher started "
+                f"{address.size}."
+            )
+        self._team = Team(address, self._shares, timeout_s, {"shares": list(self._shares), **facts})
+
+    def _begin_together(self, team: Team, trainer: Any, model: nn.Module, devices: Sequence[torch.device]) -> None:
+        """All processes begin with the same numbers, and stand in the places of Lightning's where they have to."""
+        team.adopt(model, devices)
+        self._guests = (OwnSamplers(trainer, team), TakesBatches(self.precision_plugin, team))
+        self._sigterm = QuietSigterm(trainer, team)
+        self._balance = None if self._shares or not team.deals else Balance(team)
+
+    def _dismiss_guests(self) -> None:
+        """Leave Lightning's objects as they were."""
+        guests, self._guests, sigterm, self._sigterm = self._guests, (), self._sigterm, None
+        self._balance = None
+        for guest in guests:
+            guest.close()
+        if sigterm is not None:
+            sigterm.close()
+
+    def _part(self) -> None:
+        """The run is over on all processes."""
+        team, self._team = self._team, None
+        if team is not None:
+            team.close()
+
+    def _meet(self, team: Team, batch: Any) -> None:
+        """What the processes tell each other before a training step."""
+        team.release_norms()
+        if self._sigterm is not None:
+            self._sigterm.agree()
+        if team.rows is None:
+            team.count(self.host.extract_batch_size(batch))
+        if self._balance is not None:
+            module: Any = self.lightning_module
+            self._balance.step_begins(module.trainer.fit_loop._combined_loader.flattened)
+
+    @contextmanager
+    def _training_together(self, team: Team, *, in_parts: bool) -> Iterator[bool]:
+        """Around a training step; whether this process has no rows for it.
+
+        Args:
+            team: The processes.
+            in_parts: Whether each micro-batch runs the step of its own.
+
+        Raises:
+            UnsupportedError: The step needs what some process does not have.
+        """
+        module: Any = self.lightning_module
+        if not module.automatic_optimization:
+            team.check_manual()
+        else:
+            team.hold_sums()
+            if not module.trainer.fit_loop._should_accumulate():
+                team.before_step()
+        if in_parts:
+            team.check_in_parts()
+        with team.step(keeps_norms=module.automatic_optimization):
+            yield team.is_idle
+
+    @contextmanager
+    def _evaluating_together(self) -> Iterator[bool]:
+        """Around a step without gradients; whether this process has no rows for it."""
+        if self._team is None:
+            yield False
+            return
+        with self._team.step():
+            yield self._team.is_idle
+
+    def _weighted_backward(self, team: Team, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's, with sums of gradients before hooks see them."""
+        module: Any = self.lightning_module
+        automatic = module.automatic_optimization
+        if not automatic:
+            team.hold_sums()
+            team.before_step()
+        plugin = self.precision_plugin
+        self.pre_backward(loss)
+        loss = plugin.pre_backward(loss * team.weight, module)
+        plugin.backward(loss, module, *args, **kwargs)
+        if automatic:
+            team.release_norms()
+        if not automatic or not module.trainer.fit_loop._should_accumulate():
+            team.sum_gradients()
+        loss = plugin.post_backward(loss, module)
+        self.post_backward(loss)
+        return loss
 
     # What Lightning exchanges
 

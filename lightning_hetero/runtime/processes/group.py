@@ -6,7 +6,6 @@ Everything goes through host memory and gloo, which joins processes whose device
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import sys
 import threading
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_hetero.errors import ProcessError, UsageError
+from lightning_hetero.runtime.processes.interface import interface_to, listening_on, loopback
 
 LEAVING_S = 5.0
 """How long a process that failed waits for its connections to close."""
@@ -89,6 +89,7 @@ class Group:
         self._timeout = timedelta(seconds=timeout_s)
         self._store = store
         self._excepthook: Any = None
+        self._interface: str | None = None
         self._subgroups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self.waited_s = 0.0
         self.gradients: dist.ProcessGroup | None = None
@@ -110,7 +111,7 @@ class Group:
         foreign = dist.is_initialized()
         store = None if foreign else _meeting(address, timeout_s)
         group = cls(address, timeout_s, store)
-        with _interface(address.one_host), group.answered("while the processes of the run were connecting"):
+        with group.answered("while the processes of the run were connecting"), group._listening():
             if store is not None:
                 group._excepthook = sys.excepthook  # torch replaces it, each time anew
                 dist.init_process_group(
@@ -150,10 +151,21 @@ class Group:
         self.gradients = self.statistics = None
         self._subgroups.clear()
 
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Let gloo, which opens connections inside, be reached by the other processes, and by nobody else if it can."""
+        if self._interface is None:
+            here = self._address
+            self._interface = (
+                loopback() if here.one_host else interface_to(here.host, here.port, here.rank, here.size, self._store)
+            )
+        with listening_on(self._interface):
+            yield
+
     def subgroup(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         """A group of torch of some of the processes, this one among them; the others need not call this."""
         if ranks not in self._subgroups:
-            with _interface(self.one_host), self.answered("while some of the processes were connecting"):
+            with self._listening(), self.answered("while some of the processes were connecting"):
                 self._subgroups[ranks] = dist.new_group(
                     list(ranks), backend="gloo", timeout=self._timeout, use_local_synchronization=True
                 )
@@ -305,20 +317,6 @@ def _meeting(address: Address, timeout_s: float) -> Store:
                 "firewall is between."
             ) from error
     return PrefixStore(f"hetero/{address.attempt}/{next(_opened)}", _stores[key])
-
-
-@contextmanager
-def _interface(one_host: bool) -> Iterator[None]:
-    """Let gloo listen on the loopback interface only, if that is enough and nobody says otherwise."""
-    name = "GLOO_SOCKET_IFNAME"
-    if not one_host or name in os.environ or "lo" not in {name for _, name in socket.if_nameindex()}:
-        yield
-        return
-    os.environ[name] = "lo"
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def is_one_host(environment: Mapping[str, str], size: int) -> bool:
