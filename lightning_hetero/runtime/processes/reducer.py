@@ -222,6 +222,8 @@ class GradientReducer:
                 self.resent += not self._buckets[number].empty
                 self._sums.start(number, self._pack(self._buckets[number], again=True))
         self._sums.wait()
+        if any(repeat) and any(self._sums.gather(self._problem is not None)):
+            self._raise_together()
         for number, bucket in enumerate(self._buckets):
             bucket.empty = number not in self._sums.started or not bucket.unpack()
             if bucket.empty and number != last:
