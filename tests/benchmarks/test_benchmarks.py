@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
-from collections.abc import Callable
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,7 +101,6 @@ FIGURES = {
         "added_to_lightning_ms",
     },
 }
-RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def test_every_benchmark_is_run_here_and_explained() -> None:
@@ -113,13 +114,32 @@ def test_every_benchmark_is_run_here_and_explained() -> None:
             assert [figure for figure in sorted(figures) if f"`{figure}`" not in text] == []
 
 
+@pytest.fixture(scope="module")
+def quick_runs(
+    accelerator: EmulatedAccelerator, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """A quick run of each, two at a time: nobody asks how fast they are, and most have a single thread."""
+
+    # `accelerator` compiles the emulated accelerator if need be, so that it is there when a benchmark asks for it.
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(BENCHMARKS / name), "--quick"]
+        environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+        folder = tmp_path_factory.mktemp(name)
+        return subprocess.run(
+            command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FIGURES, pool.map(run, FIGURES), strict=True))
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the first one waits for all
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_quick_run_ends_with_its_figures_as_json(
-    name: str, run_python: RunPython, accelerator: EmulatedAccelerator
+    name: str, quick_runs: dict[str, subprocess.CompletedProcess[str]]
 ) -> None:
-    # The fixture compiles the emulated accelerator if need be, so that it is there when the benchmark asks for it.
-    ran = run_python(str(BENCHMARKS / name), "--quick", OMP_NUM_THREADS="1")
+    ran = quick_runs[name]
 
     assert ran.returncode == 0, ran.stderr
     last = json.loads(ran.stdout.splitlines()[-1])

@@ -137,6 +137,7 @@ def test_two_hosts_give_the_parameters_of_one_and_know_their_link(two_hosts: Hos
         assert (last - first) / (STEPS - 1) == pytest.approx(gradient_bytes, rel=0.2)
 
 
+@pytest.mark.slow  # it waits for timeouts
 def test_a_cut_cable_ends_both_processes(two_hosts: Hosts) -> None:
     processes = two_hosts.start(100_000, meeting="host0")  # a name, which on that host itself is a loopback address
     while min(two_hosts.steps(rank) for rank in (0, 1)) < 3:

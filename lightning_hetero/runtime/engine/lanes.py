@@ -86,9 +86,6 @@ class Lane:
         self.nodes: set[Node] = set()
 
 
-_Job = Callable[[], None]
-
-
 class _Local(threading.local):
     lane: Lane | None = None
 
@@ -107,16 +104,14 @@ def calling_lane() -> Lane | None:
 
 
 class LanePool:
-    """Threads that run jobs of lanes; of those that are idle, the one that was busy last, whose memory is still warm.
+    """Threads that run jobs of lanes.
 
     Args:
         size: How many; no more micro-batches than that are on their way at once.
     """
 
     def __init__(self, size: int) -> None:
-        self._lock = threading.Lock()
-        self._jobs: deque[_Job | None] = deque()  # None: stop
-        self._idle: list[queue.SimpleQueue[_Job | None]] = []
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"hetero-lane-{index}", daemon=True) for index in range(size)
         ]
@@ -126,41 +121,27 @@ class LanePool:
         for _ in self._threads:
             self._ready.acquire()
 
-    def put(self, job: _Job) -> None:
+    def put(self, job: Callable[[], None]) -> None:
         """Run `job`, which must not raise."""
-        self._put(job)
+        self._jobs.put(job)
 
     def close(self, timeout_s: float) -> bool:
         """End the threads. Returns whether all of them ended in time, which they share."""
         for _ in self._threads:
-            self._put(None)
+            self._jobs.put(None)
         end_s = monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, end_s - monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _put(self, job: _Job | None) -> None:
-        with self._lock:
-            if self._idle:
-                self._idle.pop().put(job)
-            else:
-                self._jobs.append(job)
-
     def _run(self) -> None:
         torch.set_num_threads(1)  # more threads are the workers'
         METER.defer()  # to the end of a task
-        mine: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._ready.release()
-        while (job := self._next(mine)) is not None:
+        job: Callable[[], None] | None
+        while (job := self._jobs.get()) is not None:
             job()
             del job
-
-    def _next(self, mine: queue.SimpleQueue[_Job | None]) -> _Job | None:
-        with self._lock:
-            if self._jobs:
-                return self._jobs.popleft()
-            self._idle.append(mine)
-        return mine.get()
 
 
 class Crew:

@@ -10,11 +10,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ NAMING_S = 2.0
 """How long those that are left wait for each other to find out who is gone."""
 PROBE_BYTES = 2**20
 """Size of the sum by which the link between processes is measured."""
+Answer = TypeVar("Answer")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _stores: dict[tuple[str, int, str], Store] = {}  # open as long as this process: peers may be late at its end
 _opened = itertools.count()
@@ -228,11 +229,9 @@ class Group:
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process leaves, and leave, so that none of them waits."""
         if self._store is not None:
-            try:
-                words = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-                self._store.set(f"cause/{self.rank}", words)
-            except Exception:  # the store may be gone, too; the error itself is on its way to the user
-                pass
+            words = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            store, key = self._store, f"cause/{self.rank}"
+            _in_time(lambda: store.set(key, words), NAMING_S)
         # gloo cannot cancel a sum: it may hold this up until its timeout, and the error is not to wait for that.
         leaving = threading.Thread(target=self.close, name="leave-processes", daemon=True)
         leaving.start()
@@ -260,20 +259,25 @@ class Group:
         """Who is gone, and why, as far as the others say."""
         if self._store is None:
             return "Look at the messages of the other processes."
-        try:
-            self._store.set(f"here/{self.rank}", "yes")
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            causes = {rank: cause for rank in others if (cause := self._said(f"cause/{rank}"))}
-            if causes:
-                said = "; ".join(f"process {rank} failed with {cause}" for rank, cause in causes.items())
-                return f"{said[0].upper()}{said[1:]}."
-            gone = [rank for rank in others if not self._is_here(rank)]
-        except Exception:  # its server is gone
+        told = _in_time(self._roll_call, NAMING_S * self.size)
+        if told is None:  # its server is gone, or the link to it
             return f"The process at {self._address.host}:{self._address.port} cannot be reached any more."
+        causes, gone = told
+        if causes:
+            said = "; ".join(f"process {rank} failed with {cause}" for rank, cause in causes.items())
+            return f"{said[0].upper()}{said[1:]}."
         if not gone:
             return "All processes are there, so they are out of step, or the connection between them broke."
         names = ", ".join(map(str, gone))
         return f"Process {names} is gone, or busy with something else." if len(gone) == 1 else f"Gone: {names}."
+
+    def _roll_call(self) -> tuple[dict[int, str], list[int]]:
+        """Why others failed, as far as they say; else, which of them do not answer."""
+        assert self._store is not None
+        self._store.set(f"here/{self.rank}", "yes")
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        causes = {rank: cause for rank in others if (cause := self._said(f"cause/{rank}"))}
+        return causes, [] if causes else [rank for rank in others if not self._is_here(rank)]
 
     def _said(self, key: str) -> str:
         assert self._store is not None
@@ -317,6 +321,20 @@ def _meeting(address: Address, timeout_s: float) -> Store:
                 "firewall is between."
             ) from error
     return PrefixStore(f"hetero/{address.attempt}/{next(_opened)}", _stores[key])
+
+
+def _in_time(ask: Callable[[], Answer], limit_s: float) -> Answer | None:
+    """The answer of a store, or None if it fails or takes too long: over a broken link its calls never return."""
+    answers: list[Answer] = []
+
+    def run() -> None:
+        with suppress(Exception):
+            answers.append(ask())
+
+    asking = threading.Thread(target=run, name="ask-processes", daemon=True)
+    asking.start()
+    asking.join(limit_s)
+    return answers[0] if answers else None
 
 
 def is_one_host(environment: Mapping[str, str], size: int) -> bool:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
 LOOPBACK = "lo"
