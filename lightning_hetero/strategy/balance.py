@@ -59,7 +59,7 @@ class Balance:
         ahead = max((handed_out(loader) for loader in loaders), default=0)
         said = self._team.group.gather((typical_s, ahead, len(loaders)))
         shares = self._team.shares
-        if not all(count for _, _, count in said):
+        if any(count != 1 for _, _, count in said):  # several in one step have to change at the same one
             return
         new = rebalanced(shares.current, [seconds for seconds, _, _ in said])
         if new is None:

@@ -205,6 +205,7 @@ class HeteroStrategyCore(OneOfSeveralCore):
         self._inventory: Inventory | None = None
         self._plan: Plan | None = None
         self._shown: object = None  # what was printed last
+        self._log_dir: str | None = None
         self._placed: PlacedModel | None = None
         self._reconciler: DeviceReconciler | None = None
 
@@ -360,6 +361,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
                 )
         self._check(trainer)
         self.setup_precision_plugin()
+        # Asked here, as all processes have to ask at the same time.
+        self._log_dir = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None
         self._begin(fitting)
         self._show(trainer)
 
@@ -375,7 +378,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
         if fitting:
             keep_state_beside_parameters(self.optimizers)
             if self._team is not None and self.model is not None:
-                self._team.attach(self.model)
+                module: Any = self.lightning_module
+                self._team.attach(self.model, is_manual=not module.automatic_optimization)
         self._reconciler = self._placed.reconciler()
         if self._reconciler is not None:
             activate(self._reconciler)
@@ -491,14 +495,16 @@ class HeteroStrategyCore(OneOfSeveralCore):
                 print_plan(plan)
             else:
                 log.info("%s", " ".join(plan.notes))
-        if trainer.loggers and trainer.log_dir is not None:
-            save_plan(plan, Path(trainer.log_dir))
+        if self._log_dir is not None and self.is_global_zero:
+            save_plan(plan, Path(self._log_dir))
 
     # During a run
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Put buffers that somebody replaced back to their devices; change the plan if the steps so far say so."""
         if self._team is not None:
+            if batch_idx == 0:
+                self._team.begin_loop("training")
             self._meet(self._team, batch)
         if self._placed is not None:
             self._placed.return_buffers()
@@ -588,6 +594,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's closure, and the step."""
+        if self._team is not None:
+            self._team.check_sums()
         with readable_out_of_memory():
             return super().optimizer_step(*args, **kwargs)
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from lightning_hetero.strategy.team import Team
 
 
@@ -52,7 +49,7 @@ class QuietSigterm:
 
     def agree(self) -> None:
         """A training step begins on all processes."""
-        if self._team.group.reduce(torch.tensor(float(self._flag)), dist.ReduceOp.MAX):
+        if self._team.agree(self._flag):
             self._connector.received_sigterm = True
 
     def close(self) -> None:

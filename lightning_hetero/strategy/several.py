@@ -5,6 +5,7 @@ Each process drives devices of its own; all of them train one model, and each ge
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_hetero.errors import UsageError
+from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.runtime.processes.group import Address, is_one_host
 from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.balance import Balance
@@ -149,6 +150,12 @@ class OneOfSeveralCore(_Base):
 
     def _begin_together(self, team: Team, trainer: Any, model: nn.Module, devices: Sequence[torch.device]) -> None:
         """All processes begin with the same numbers, and stand in the places of Lightning's where they have to."""
+        step = getattr(model, "training_step", None)
+        if step is not None and "dataloader_iter" in inspect.signature(step).parameters:
+            raise UnsupportedError(
+                "training_step(dataloader_iter) takes its batches itself, so nobody knows which process has how many "
+                "rows. With several processes, write training_step(batch, batch_idx)."
+            )
         team.adopt(model, devices)
         self._guests = (OwnSamplers(trainer, team), TakesBatches(self.precision_plugin, team))
         self._sigterm = QuietSigterm(trainer, team)
@@ -179,6 +186,22 @@ class OneOfSeveralCore(_Base):
         if self._balance is not None:
             module: Any = self.lightning_module
             self._balance.step_begins(module.trainer.fit_loop._combined_loader.flattened)
+
+    def on_validation_start(self) -> None:
+        """A pass over validation data begins."""
+        self._begin_loop("validation")
+
+    def on_test_start(self) -> None:
+        """A pass over test data begins."""
+        self._begin_loop("test")
+
+    def on_predict_start(self) -> None:
+        """A pass over data to predict begins."""
+        self._begin_loop("prediction")
+
+    def _begin_loop(self, name: str) -> None:
+        if self._team is not None:
+            self._team.begin_loop(name)
 
     @contextmanager
     def _training_together(self, team: Team, *, in_parts: bool) -> Iterator[bool]:
@@ -222,7 +245,8 @@ class OneOfSeveralCore(_Base):
         plugin = self.precision_plugin
         self.pre_backward(loss)
         loss = plugin.pre_backward(loss * team.weight, module)
-        plugin.backward(loss, module, *args, **kwargs)
+        with team.backward():
+            plugin.backward(loss, module, *args, **kwargs)
         if automatic:
             team.release_norms()
         if not automatic or not module.trainer.fit_loop._should_accumulate():
@@ -233,15 +257,22 @@ class OneOfSeveralCore(_Base):
 
     # What Lightning exchanges
 
+    @property
+    def _listening(self) -> Team | None:
+        """The processes, unless this one fails just now: the others do something else then."""
+        module: Any = self.lightning_module
+        if self._team is None or module is None or module._trainer is None:
+            return self._team
+        return None if module.trainer.state.status.value == "interrupted" else self._team
+
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Sum, mean or another reduction over the processes.
 
         A mean within a step weighs each process by its rows of the batch, so that it is that of the whole batch if each
         process gives the mean of its rows.
         """
-        if self._team is None or not isinstance(tensor, Tensor):
-            return tensor
-        return self._team.reduce(tensor, group, reduce_op)
+        team = self._listening
+        return team.reduce(tensor, group, reduce_op) if team is not None and isinstance(tensor, Tensor) else tensor
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """The tensors of all processes, stacked along a new first dimension.
@@ -249,22 +280,26 @@ class OneOfSeveralCore(_Base):
         Raises:
             UnsupportedError: Their shapes differ.
         """
-        return tensor if self._team is None else self._team.all_gather(tensor, group, sync_grads)
+        team = self._listening
+        return tensor if team is None else team.all_gather(tensor, group, sync_grads)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all processes."""
-        if self._team is not None:
-            self._team.group.barrier()
+        team = self._listening
+        if team is not None:
+            team.group.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """The object of one process, on all of them."""
-        return obj if self._team is None else self._team.group.broadcast(obj, src)
+        team = self._listening
+        return obj if team is None else team.group.broadcast(obj, src)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all processes say so, or any."""
-        if self._team is None:
+        team = self._listening
+        if team is None:
             return decision
-        said = self._team.group.gather(bool(decision))
+        said = team.group.gather(bool(decision))
         return False not in said if all else True in said
 
     def process_dataloader(self, dataloader: Any) -> Any:

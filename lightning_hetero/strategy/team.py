@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.errors import ProcessError, UnsupportedError, UsageError
 from lightning_hetero.plan.explain import format_seconds
 from lightning_hetero.runtime.processes.batch_norm import GlobalBatchNorm
 from lightning_hetero.runtime.processes.group import Address, Group, LinkSpeed
@@ -67,6 +68,16 @@ class Team:
         self._norms: GlobalBatchNorm | None = None
         self._parameters: list[nn.Parameter] = []
         self._holds_sums = False
+        self._hooks: list[Any] = []  # of parameters, with manual optimization
+        self._in_backward = False
+        self._stray = False  # whether gradients came from a backward that this class has not seen
+        self._buffers: list[tuple[nn.Module, str]] = []
+        self._marks: list[tuple[int, int]] = []
+        self._steps = 0
+        self._loops: dict[str, set[int]] = {}
+        self._loop = ""
+        self._synced_metric = ""
+        self._last: tuple[Any, int] | None = None  # the latest batch with rows, and their number
 
     # The model
 
@@ -85,6 +96,16 @@ class Team:
         trained = [p for p in model.parameters() if p.requires_grad]
         self._gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
         self._link = self.group.measure()
+        self._buffers = [
+            (module, name)
+            for module in model.modules()
+            if not isinstance(module, _BatchNorm)
+            for name, buffer in module.named_buffers(recurse=False)
+            if not buffer.is_meta
+        ]
+        self._marks = self._marks_of_buffers()
+        synced = (name for name, module in model.named_modules() if getattr(module, "dist_sync_on_step", False))
+        self._synced_metric = next(synced, "")
 
     def note(self, *, training: bool) -> str:
         """What the plan of this process has to say about the others."""
@@ -99,17 +120,37 @@ class Team:
             f"over the slowest link, which does {link.bytes_per_s / 1e6:.3g} MB/s, less what the backward hides."
         )
 
-    def attach(self, model: nn.Module) -> None:
-        """Sum the gradients of this model."""
-        self.detach()
+    def attach(self, model: nn.Module, *, is_manual: bool) -> None:
+        """Sum the gradients of this model; again after a change of plan, which may have replaced parameters.
+
+        Args:
+            model: The placed one.
+            is_manual: Whether user code runs the backward.
+        """
         self._parameters = list(model.parameters())
-        names = [name for name, _ in model.named_parameters()]
-        self._reducer = GradientReducer(self._parameters, self.group.gradients, names=names)
-        self._holds_sums = False
+        if self._reducer is None:
+            names = [name for name, _ in model.named_parameters()]
+            self._reducer = GradientReducer(self._parameters, self.group.gradients, names=names)
+        else:  # a new one would want to hear of the others, who may not have changed their plans
+            self._reducer.exchange(self._parameters)
+        self._let_go()
+        if is_manual:
+            self._hooks = [
+                p.register_post_accumulate_grad_hook(self._note_backward) for p in self._parameters if p.requires_grad
+            ]
+
+    def _let_go(self) -> None:
+        hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            hook.remove()
+
+    def _note_backward(self, parameter: Tensor) -> None:
+        self._stray = self._stray or not self._in_backward
 
     def detach(self) -> None:
         """Leave the model as it was."""
         self.release_norms()
+        self._let_go()
         reducer, self._reducer = self._reducer, None
         if reducer is not None:
             reducer.close()
@@ -151,9 +192,23 @@ class Team:
         return deal_loader(loader, self.group, self.shares, self._ledger, f"data loader {self._loaders}")
 
     def take(self, convert: Callable[[Any], Any], batch: Any) -> Any:
-        """A batch comes from its loader. Stands before the host's conversion of its precision."""
-        self.rows = self._ledger.of(batch)
+        """A batch comes from its loader. Stands before the host's conversion of its precision.
+
+        Where this process has no rows, hooks of user code get an empty batch like the one before.
+        """
+        self.rows = rows = self._ledger.of(batch)
+        if rows is not None:
+            self._loops.setdefault(self._loop, set()).update(rank for rank, size in enumerate(rows.sizes) if size)
+            if rows.own:
+                self._last = batch, rows.own
+            elif self._last is not None:
+                batch = _emptied(*self._last)
         return convert(batch)
+
+    def begin_loop(self, name: str) -> None:
+        """A pass over a data loader begins."""
+        self._loop = name
+        self._loops[name] = set()
 
     def count(self, own: int) -> None:
         """Learn how many rows all processes have, if user code has dealt them out."""
@@ -187,6 +242,13 @@ class Team:
             UnsupportedError: Some processes have no rows, but the model needs those of all.
         """
         norms = self._norms
+        if self.is_incomplete and self._synced_metric:
+            assert self.rows is not None
+            raise UnsupportedError(
+                f"a batch of {self.rows.total} rows leaves some of the {self.group.size} processes without any, but "
+                f"the metric {self._synced_metric} has dist_sync_on_step=True, which waits for all of them. Leave that "
+                "out, set drop_last=True in the data loader, or choose another batch size."
+            )
         if norms is not None:
             self._check_norms(norms)
             norms.attach()
@@ -263,6 +325,28 @@ class Team:
                     parameter.grad.zero_()
         self._holds_sums = False
 
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Gradients of a backward are weighted, and will be summed."""
+        self._in_backward = True
+        try:
+            yield
+        finally:
+            self._in_backward = False
+
+    def check_sums(self) -> None:
+        """Before an optimizer steps.
+
+        Raises:
+            UsageError: Gradients came from a backward that this class has not seen.
+        """
+        if self._stray:
+            self._stray = False
+            raise UsageError(
+                "the gradients of this step come from loss.backward(), which knows nothing of the other processes, so "
+                "each would go its own way. Write self.manual_backward(loss) instead."
+            )
+
     def sum_gradients(self) -> None:
         """The gradients of all processes, on all of them."""
         assert self._reducer is not None
@@ -271,6 +355,36 @@ class Team:
         self._holds_sums = True
 
     # Exchange
+
+    def agree(self, flag: bool) -> bool:
+        """A training step begins on all processes. Whether any of them raises the flag.
+
+        Buffers that changed anywhere become those of process 0, as with torch's DistributedDataParallel; those of batch
+        normalisation are the same anyhow.
+
+        Raises:
+            ProcessError: They are not at the same step.
+        """
+        self._steps += 1
+        now = self._marks_of_buffers()
+        changed = [before != after for before, after in zip(self._marks, now, strict=True)]
+        word = torch.tensor([flag, self._steps, -self._steps, *changed], dtype=torch.float64)
+        flagged, most, least, *anywhere = self.group.reduce(word, dist.ReduceOp.MAX, self.group.control).tolist()
+        if most != -least:
+            raise ProcessError(
+                f"process {self.group.rank} of {self.group.size} is at training step {self._steps}, but others are at "
+                f"{int(-least)} to {int(most)}: they had different numbers of batches. Give all the same number."
+            )
+        for (module, name), differs in zip(self._buffers, anywhere, strict=True):
+            if differs:
+                self.group.broadcast_tensors([getattr(module, name)])
+        self._marks = self._marks_of_buffers()
+        return bool(flagged)
+
+    def _marks_of_buffers(self) -> list[tuple[int, int]]:
+        """Something that changes with each buffer."""
+        buffers = [getattr(module, name) for module, name in self._buffers]
+        return [(id(buffer), buffer._version) for buffer in buffers]
 
     @property
     def _present(self) -> dist.ProcessGroup | None:
@@ -282,6 +396,8 @@ class Team:
 
     def reduce(self, tensor: Tensor, group: Any, op: Any) -> Tensor:
         """As a strategy's. In a step, only processes with rows take part, and a mean is one over rows."""
+        if not self._in_step:
+            self._check_loop()
         group = self._present if group is None else group
         if not (isinstance(op, str) and op.lower() in ("mean", "avg")):
             chosen = getattr(dist.ReduceOp, op.upper()) if isinstance(op, str) else op
@@ -289,6 +405,17 @@ class Team:
         weight = self.weight if self._in_step and self.rows is not None else 1.0 / dist.get_world_size(group)
         wide = tensor if tensor.is_floating_point() else tensor.double()  # a mean of numbers of rows is no whole number
         return self.group.reduce(wide * weight, group=group)
+
+    def _check_loop(self) -> None:
+        """Refuse what somebody cannot take part in, who has not run the step that logs it."""
+        had = self._loops.get(self._loop)
+        if had and len(had) < self.group.size:
+            missing = ", ".join(str(rank) for rank in range(self.group.size) if rank not in had)
+            raise UnsupportedError(
+                f"values of a whole pass over the data are shared by all processes, but process {missing} had no row "
+                "in it: there were too few batches of too few rows. Raise batch_size to at least the number of "
+                "processes, or the number of batches (num_sanity_val_steps, limit_val_batches and the like)."
+            )
 
     def all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
         """As a strategy's. In a step, only processes with rows take part."""
@@ -308,3 +435,12 @@ class Team:
                 parts = [torch.empty_like(host) for _ in shapes]
                 dist.all_gather(parts, host, group=group)
         return torch.stack(parts).to(tensor.device)
+
+
+def _emptied(batch: Any, rows: int) -> Any:
+    """The same without rows."""
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:0] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == rows else leaf
+
+    return tree_map(cut, batch)

@@ -39,6 +39,18 @@ class Happens(L.Callback):
             raise ValueError("the dog ate this row")
 
 
+class Raw(Net):
+    """Runs the backward itself."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.loss(batch, "raw").backward()
+        optimizer.step()
+
+
 class Note(L.Callback):
     """Says which steps were done, and when."""
 
@@ -53,29 +65,33 @@ class Note(L.Callback):
 def main(what: str, rank: int, step: int, folder: Path) -> None:
     torch.set_num_threads(1)
     this = int(os.environ["RANK"])
-    model = Net()
+    model = Raw() if what == "raw" else Net()
     data: DataLoader[Any] = loader()
     shares: list[float] | None = None
     if what == "lengths" and this == rank:
         data = DataLoader(Numbers(31), batch_size=10)
     if what == "model" and this == rank:
         model.net[0] = torch.nn.Linear(8, 16, bias=False).double()
+    if what == "steps" and this == rank:
+        data = DataLoader(Numbers(21), batch_size=10)
     if what == "shares" and this == rank:
         shares = [1, 2]
     checkpoints = ModelCheckpoint(folder, save_last=True, every_n_train_steps=3, save_top_k=1)
     trainer = L.Trainer(
         strategy=HeteroStrategy(devices="cpu", shares=shares, hang_timeout_s=30, verbose=False),
         accelerator="cpu",
+        use_distributed_sampler=what != "steps",
         max_steps=30,
         max_epochs=100,
         logger=False,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[Happens(what, rank, step, folder), Note(folder), checkpoints],
     )
     last = folder / "last.ckpt"
-    trainer.fit(model, data, ckpt_path=str(last) if last.exists() else None)
+    validation = DataLoader(Numbers(5), batch_size=1) if what == "validation" else None
+    trainer.fit(model, data, validation, ckpt_path=str(last) if last.exists() else None)
     print(f"process {this} is done after {trainer.global_step} steps")
 
 

@@ -147,6 +147,8 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
     if "accelerator" in name and size > 1:
         devices = f"cpu,{install_accelerator().devices[rank]}"
         strategy = {"placement": "round_robin", **strategy}
+    if "measured" in name:  # each tries plans of its own with real steps, at its own times
+        strategy |= {"profile": "always", "placement": "auto", "micro_batches": None}
     if "in-parts" in name:
         strategy |= {"micro_batching": "step", "micro_batches": 2}
     trainer = L.Trainer(

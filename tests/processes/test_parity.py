@@ -21,6 +21,7 @@ JOBS = {
         "third-pipeline-accumulate",
         "third-pipeline-in-parts",
         "third-pipeline-norm",
+        "third-pipeline-measured",
         "third-norm-again",
         "third-accelerator",
         "own-part",

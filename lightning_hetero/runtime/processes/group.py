@@ -5,7 +5,6 @@ Everything goes through host memory and gloo, which joins processes whose device
 
 from __future__ import annotations
 
-import itertools
 import socket
 import sys
 import threading
@@ -33,7 +32,7 @@ PROBE_BYTES = 2**20
 Answer = TypeVar("Answer")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _stores: dict[tuple[str, int, str], Store] = {}  # open as long as this process: peers may be late at its end
-_opened = itertools.count()
+_opened: dict[tuple[str, int, str], int] = {}  # how often, by store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +81,7 @@ class Group:
     Attributes:
         gradients: A group of torch for sums of gradients.
         statistics: Another one for what modules exchange inside of forward and backward.
+        control: And one for what they agree on before each step.
         waited_s: Seconds that this process has spent in exchanges, waiting for others included.
     """
 
@@ -95,6 +95,7 @@ class Group:
         self.waited_s = 0.0
         self.gradients: dist.ProcessGroup | None = None
         self.statistics: dist.ProcessGroup | None = None
+        self.control: dist.ProcessGroup | None = None
 
     @classmethod
     def open(cls, address: Address, timeout_s: float) -> Group:
@@ -126,6 +127,7 @@ class Group:
                 )
             group.gradients = dist.new_group(backend="gloo", timeout=group._timeout)
             group.statistics = dist.new_group(backend="gloo", timeout=group._timeout)
+            group.control = dist.new_group(backend="gloo", timeout=group._timeout)
         return group
 
     @property
@@ -149,7 +151,7 @@ class Group:
             dist.destroy_process_group()
             if self._excepthook is not None:
                 sys.excepthook = self._excepthook
-        self.gradients = self.statistics = None
+        self.gradients = self.statistics = self.control = None
         self._subgroups.clear()
 
     @contextmanager
@@ -320,7 +322,8 @@ def _meeting(address: Address, timeout_s: float) -> Store:
                 f"{str(error).splitlines()[0]}. Check that the launcher's address is right, the port is free and no "
                 "firewall is between."
             ) from error
-    return PrefixStore(f"hetero/{address.attempt}/{next(_opened)}", _stores[key])
+    _opened[key] = _opened.get(key, 0) + 1
+    return PrefixStore(f"hetero/{address.attempt}/{_opened[key]}", _stores[key])
 
 
 def _in_time(ask: Callable[[], Answer], limit_s: float) -> Answer | None:

@@ -81,6 +81,16 @@ class GradientReducer:
         self._changed = threading.Condition()
         self.resent = 0
 
+    def exchange(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Go on with other objects for the same parameters, between two steps; the other ranks need not know.
+
+        Args:
+            parameters: As many as before, in the same order.
+        """
+        fresh = [p for p in {id(p): p for p in parameters}.values() if p.is_floating_point() or p.is_complex()]
+        for slot, parameter in zip(self._slots, fresh, strict=True):
+            slot.parameter = parameter
+
     # The step
 
     def begin(self) -> None:
