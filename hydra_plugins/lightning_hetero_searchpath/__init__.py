@@ -45,11 +45,12 @@ class HeteroConf:
     schedule: Optional[str] = None  # noqa: UP045
     rematerialize: Any = False
     activation_checkpointing: Any = None
+    batch_norm: str = "whole"
     profile: str = "auto"
     replan: str = "never"
     planning_limit_s: float = 10.0
     device_profile: Optional[str] = None  # noqa: UP045
-    batch_norm: str = "whole"
+    shares: Optional[List[float]] = None  # noqa: UP006, UP045
     hang_timeout_s: float = 600.0
     verbose: bool = True
     checkpoint_io: Any = None

@@ -503,8 +503,7 @@ class HeteroStrategyCore(OneOfSeveralCore):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Put buffers that somebody replaced back to their devices; change the plan if the steps so far say so."""
         if self._team is not None:
-            if batch_idx == 0:
-                self._team.begin_loop("training")
+            self._team.training_begins(is_first=batch_idx == 0)
             self._meet(self._team, batch)
         if self._placed is not None:
             self._placed.return_buffers()

@@ -191,6 +191,11 @@ class OneOfSeveralCore(_Base):
         """A pass over validation data begins."""
         self._begin_loop("validation")
 
+    def on_validation_end(self) -> None:
+        """It is over, and training may go on."""
+        if self._team is not None:
+            self._team.end_loop()
+
     def on_test_start(self) -> None:
         """A pass over test data begins."""
         self._begin_loop("test")

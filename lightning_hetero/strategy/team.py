@@ -27,6 +27,8 @@ from lightning_hetero.schedule.dealing import Shares
 from lightning_hetero.strategy.agreement import check_agreement, check_devices, model_facts
 from lightning_hetero.units import format_bytes
 
+TRAINING = "training"
+
 log = logging.getLogger(__name__)
 
 
@@ -75,9 +77,9 @@ class Team:
         self._marks: list[tuple[int, int]] = []
         self._steps = 0
         self._loops: dict[str, set[int]] = {}
-        self._loop = ""
+        self._loop = TRAINING
         self._synced_metric = ""
-        self._last: tuple[Any, int] | None = None  # the latest batch with rows, and their number
+        self._last: dict[str, tuple[Any, int]] = {}  # by loop, the latest batch with rows, and their number
 
     # The model
 
@@ -198,17 +200,38 @@ class Team:
         """
         self.rows = rows = self._ledger.of(batch)
         if rows is not None:
-            self._loops.setdefault(self._loop, set()).update(rank for rank, size in enumerate(rows.sizes) if size)
+            self._saw(rows)
             if rows.own:
-                self._last = batch, rows.own
-            elif self._last is not None:
-                batch = _emptied(*self._last)
+                self._last[self._loop] = batch, rows.own
+            elif self._loop in self._last:
+                batch = _emptied(*self._last[self._loop])
         return convert(batch)
 
     def begin_loop(self, name: str) -> None:
-        """A pass over a data loader begins."""
+        """A pass over data begins: its batches come from now on."""
         self._loop = name
         self._loops[name] = set()
+        self._last.pop(name, None)
+
+    def end_loop(self) -> None:
+        """It is over, and training may go on."""
+        self._loop = TRAINING
+
+    def training_begins(self, *, is_first: bool) -> None:
+        """A batch of the training was taken.
+
+        Args:
+            is_first: Whether it is the first one of its epoch.
+        """
+        self._loop = TRAINING
+        if is_first:
+            self._loops[TRAINING] = set()
+        if self.rows is not None:
+            self._saw(self.rows)
+
+    def _saw(self, rows: Rows) -> None:
+        had = self._loops.setdefault(self._loop, set())
+        had.update(rank for rank, size in enumerate(rows.sizes) if size)
 
     def count(self, own: int) -> None:
         """Learn how many rows all processes have, if user code has dealt them out."""

@@ -53,6 +53,8 @@ class Net(L.LightningModule):
         ).double()
         self.unused = nn.Linear(2, 2).double()
         self.forgotten = nn.Parameter(torch.ones(8, dtype=torch.float64))  # in no optimizer: its gradients add up
+        self.register_buffer("kinds", torch.tensor([seed, 2], dtype=torch.int16))
+        self.register_buffer("flag", torch.tensor(seed == 0))
         self.seen: dict[str, list[int]] = {}
 
     def loss(self, batch: Any, name: str) -> Tensor:

@@ -222,7 +222,8 @@ class Group:
         with torch.no_grad(), self.answered("while the model was handed out"):
             for tensor in tensors:
                 host = tensor.detach().cpu().contiguous()
-                dist.broadcast(host, source)
+                # gloo knows few types of numbers, and bytes are bytes.
+                dist.broadcast(host.reshape(-1).view(torch.uint8), source)
                 if host.data_ptr() != tensor.data_ptr() or host.device != tensor.device:
                     tensor.copy_(host)
 
