@@ -171,7 +171,7 @@ class Team:
     @property
     def waited_s(self) -> float:
         """Seconds that this process has spent in exchanges."""
-        return self.group.waited_s
+        return self.group.waited_s + (0.0 if self._norms is None else self._norms.waited_s)
 
     # Data
 

@@ -1,6 +1,6 @@
 """A training in which process 0 needs three times as long for a row. Writes how many rows it saw in each epoch.
 
-python balancing.py FOLDER WORKERS
+python balancing.py FOLDER WORKERS [norm]    with "norm", batch normalisation waits for the slow one in each forward
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Slow(Net):
 if __name__ == "__main__":
     folder, workers = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    model = Slow()
+    model = Slow(norm="norm" in sys.argv)
     trainer = L.Trainer(
         strategy=HeteroStrategy(devices="cpu", hang_timeout_s=60, verbose=False),
         accelerator="cpu",

@@ -13,8 +13,8 @@ import functools
 import itertools
 import operator
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_hetero.errors import ProcessError, UnsupportedError
+from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.batch_norm import Moments, uses_batch
 from lightning_hetero.runtime.engine.lanes import current_lane
 from lightning_hetero.runtime.engine.worker import Worker
+from lightning_hetero.runtime.processes.rounds import Place, Rounds
 from lightning_hetero.runtime.standin import StandIn
 from lightning_hetero.runtime.transfer import to_device
 
@@ -65,6 +66,13 @@ class GlobalBatchNorm:
         self._steps = itertools.count()
         self._calls = itertools.count()  # goes on in the next step: graphs of earlier calls may be there yet
         self._attached: list[_Global] = []
+        self._rounds: Rounds | None = None
+        self._waited_s = 0.0  # in those before
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this process has spent in exchanges, waiting for others included."""
+        return self._waited_s + (0.0 if self._rounds is None else self._rounds.waited_s)
 
     def attach(self) -> None:
         """Take the place of the modules' `forward`, at the beginning of a step on all processes.
@@ -86,7 +94,8 @@ class GlobalBatchNorm:
                     "to agree on the size of their messages. Run a batch through the model before training."
                 )
         widest = max(norm.num_features for _, norm in norms)
-        rounds = _Rounds(
+        self._waited_s = self.waited_s
+        self._rounds = rounds = Rounds(
             self._group, self._rank, self._size, next(self._steps), self._calls, [name for name, _ in norms], 2 * widest
         )
         self._attached = [_Global(norm, name, index, rounds) for index, (name, norm) in enumerate(norms)]
@@ -118,119 +127,12 @@ class GlobalBatchNorm:
                 yield name or type(module).__name__, module
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a process is, when it takes part in an exchange.
-
-    Attributes:
-        norm: Index of the module.
-        step: How many steps there were before this one.
-        call: How many calls of such modules there were, in all of them.
-        records: Whether that call will have a backward with an exchange.
-        in_backward: Whether in that backward.
-    """
-
-    norm: int
-    step: int
-    call: int
-    records: bool
-    in_backward: bool = False
-
-    def said(self, names: Sequence[str]) -> str:
-        """In words."""
-        where = "the backward" if self.in_backward else "the forward"
-        recording = "" if self.records else ", whose input needs no gradient"
-        return f"{where} of {names[self.norm]} (step {self.step}, call {self.call}{recording})"
-
-
-class _Rounds:
-    """Exchanges of statistics: messages of one size, each of which says where its sender is.
-
-    gloo joins whatever the processes send next, so only the messages can tell if they belong together. All are sent to
-    all, for sums too: so every process sees who is where, and adds in the same order.
-
-    Args:
-        group: The group of torch.
-        rank: Of this process.
-        size: How many processes there are.
-        step: How many there were before this one.
-        calls: Numbers for calls of modules.
-        names: Of the modules.
-        width: Most numbers in a message.
-    """
-
-    _HEAD = 6
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup | None,
-        rank: int,
-        size: int,
-        step: int,
-        calls: Iterator[int],
-        names: Sequence[str],
-        width: int,
-    ) -> None:
-        self._group = group
-        self._rank = rank
-        self._size = size
-        self._step = step
-        self._calls = calls
-        self._names = names
-        self._width = width
-        self._lock = threading.Lock()  # autograd has a thread for each accelerator
-
-    def next_call(self, norm: int, records: bool) -> _Place:
-        """The next call of a module.
-
-        Args:
-            norm: Index of the module.
-            records: Whether the call will have a backward with an exchange.
-        """
-        return _Place(norm, self._step, next(self._calls), records)
-
-    def gather(self, place: _Place, count: int, values: Tensor) -> list[tuple[int, Tensor]]:
-        """Counts and values of all processes, in the order of their ranks.
-
-        Args:
-            place: Where this process is.
-            count: Rows of values.
-            values: float64 on the host, shape (numbers,).
-
-        Raises:
-            ProcessError: Others are elsewhere, or do not answer.
-        """
-        own = torch.zeros(self._HEAD + self._width, dtype=torch.float64, device=_HOST)
-        head = (*astuple(place), count)  # all exact as float64
-        own[: self._HEAD] = torch.tensor(head, dtype=torch.float64, device=_HOST)
-        own[self._HEAD : self._HEAD + len(values)] = values
-        rows = [torch.empty_like(own) for _ in range(self._size)]
-        try:
-            with self._lock:
-                dist.all_gather(rows, own, self._group)
-        except RuntimeError as error:
-            raise ProcessError(
-                f"process {self._rank} of {self._size} got no answer in {place.said(self._names)}. Batch normalisation "
-                "needs rows of all processes in every step. The error of torch: " + str(error).splitlines()[0]
-            ) from error
-        heads = [row[: self._HEAD].long().tolist() for row in rows]
-        places = [_Place(norm, step, call, bool(records), bool(back)) for norm, step, call, records, back, _ in heads]
-        if any(other != place for other in places):
-            said = ", ".join(f"process {rank} is in {each.said(self._names)}" for rank, each in enumerate(places))
-            raise ProcessError(
-                f"the processes are not at the same batch normalisation: {said}. Their statistics do not belong "
-                "together. Every process has to run the same modules in the same order, in forward and backward."
-            )
-        kept = slice(self._HEAD, self._HEAD + len(values))
-        return [(count, row[kept]) for (*_, count), row in zip(heads, rows, strict=True)]
-
-
 class _Global(StandIn):
     """Stands in for the `forward` of a batch normalisation."""
 
     module: _BatchNorm
 
-    def __init__(self, module: _BatchNorm, name: str, index: int, rounds: _Rounds) -> None:
+    def __init__(self, module: _BatchNorm, name: str, index: int, rounds: Rounds) -> None:
         super().__init__(module)
         self.name = name
         self.index = index
@@ -287,14 +189,14 @@ class _Global(StandIn):
         output: Tensor = apply(input, weight, bias, mean, variance, eps, (self, place, together.count))
         return output
 
-    def sums(self, place: _Place, *sums: Tensor) -> list[Tensor]:
+    def sums(self, place: Place, *sums: Tensor) -> list[Tensor]:
         """Sums over all processes, each of shape (channels,), in the backward of a call."""
         values = torch.cat([to_device(each, _HOST).double() for each in sums])
         rows = self.rounds.gather(replace(place, in_backward=True), 0, values)
         total = torch.stack([values for _, values in rows]).sum(0)  # in the same order, so the same on all ranks
         return [to_device(part.to(like.dtype), like.device) for part, like in zip(total.chunk(2), sums, strict=True)]
 
-    def _moments(self, x: Tensor, place: _Place) -> Moments:
+    def _moments(self, x: Tensor, place: Place) -> Moments:
         """Count, mean and deviations over all processes, in float64 on the host."""
         channels = self.module.num_features
         if x.shape[1] != channels:
@@ -339,7 +241,7 @@ class _Normalise(torch.autograd.Function):
         mean: Tensor,
         variance: Tensor,
         eps: float,
-        origin: tuple[_Global, _Place, int],
+        origin: tuple[_Global, Place, int],
     ) -> Tensor:
         """Normalise; shapes as in `torch.nn.functional.batch_norm`."""
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
