@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from torch import nn
+from torchmetrics import Metric
 
 from lightning_hetero.strategy.team import Team
 
@@ -78,3 +82,33 @@ class TakesBatches:
     def close(self) -> None:
         """Leave the plugin as it was."""
         vars(self._plugin).pop("convert_input", None)
+
+
+class LoggedMetrics:
+    """Keeps a metric that some process has never logged from waiting for that one.
+
+    `self.log("name", metric)` computes the metric after the pass, over all processes, but only in those that had a row.
+
+    Args:
+        trainer: Has what was logged.
+        model: Has the metrics.
+        team: The processes.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module, team: Team) -> None:
+        self._trainer = trainer
+        self._team = team
+        self._own = {m: m.distributed_available_fn for m in model.modules() if isinstance(m, Metric)}
+        for metric, own in self._own.items():
+            metric.distributed_available_fn = partial(self._is_distributed, metric, own)
+
+    def _is_distributed(self, metric: Metric, own: Callable[[], bool]) -> bool:
+        logged = self._trainer._results
+        if logged is not None and any(result.value is metric for result in logged.values() if not result.is_tensor):
+            self._team.check_loop()
+        return own()
+
+    def close(self) -> None:
+        """Leave the metrics as they were."""
+        for metric, own in self._own.items():
+            metric.distributed_available_fn = own

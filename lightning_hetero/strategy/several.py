@@ -18,7 +18,7 @@ from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.runtime.processes.group import Address, is_one_host
 from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.balance import Balance
-from lightning_hetero.strategy.guests import OwnSamplers, QuietSigterm, TakesBatches
+from lightning_hetero.strategy.guests import LoggedMetrics, OwnSamplers, QuietSigterm, TakesBatches
 from lightning_hetero.strategy.team import Team
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class OneOfSeveralCore(_Base):
     _num_nodes = 1
     _shares: tuple[float, ...] = ()
     _team: Team | None = None  # while a run goes on in several processes
-    _guests: Sequence[OwnSamplers | TakesBatches] = ()
+    _guests: Sequence[OwnSamplers | TakesBatches | LoggedMetrics] = ()
     _sigterm: QuietSigterm | None = None
     _balance: Balance | None = None
 
@@ -157,7 +157,11 @@ class OneOfSeveralCore(_Base):
                 "rows. With several processes, write training_step(batch, batch_idx)."
             )
         team.adopt(model, devices)
-        self._guests = (OwnSamplers(trainer, team), TakesBatches(self.precision_plugin, team))
+        self._guests = (
+            OwnSamplers(trainer, team),
+            TakesBatches(self.precision_plugin, team),
+            LoggedMetrics(trainer, model, team),
+        )
         self._sigterm = QuietSigterm(trainer, team)
         self._balance = None if self._shares or not team.deals else Balance(team)
 
@@ -230,6 +234,7 @@ class OneOfSeveralCore(_Base):
             team.check_in_parts()
         with team.step(keeps_norms=module.automatic_optimization):
             yield team.is_idle
+        team.settle()
 
     @contextmanager
     def _evaluating_together(self) -> Iterator[bool]:

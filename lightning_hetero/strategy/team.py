@@ -389,20 +389,32 @@ class Team:
             ProcessError: They are not at the same step.
         """
         self._steps += 1
-        now = self._marks_of_buffers()
-        changed = [before != after for before, after in zip(self._marks, now, strict=True)]
-        word = torch.tensor([flag, self._steps, -self._steps, *changed], dtype=torch.float64)
-        flagged, most, least, *anywhere = self.group.reduce(word, dist.ReduceOp.MAX, self.group.control).tolist()
+        word = torch.tensor([flag, self._steps, -self._steps, *self._changed()], dtype=torch.float64)
+        flagged, most, least, *changed = self.group.reduce(word, dist.ReduceOp.MAX, self.group.control).tolist()
         if most != -least:
             raise ProcessError(
                 f"process {self.group.rank} of {self.group.size} is at training step {self._steps}, but others are at "
                 f"{int(-least)} to {int(most)}: they had different numbers of batches. Give all the same number."
             )
-        for (module, name), differs in zip(self._buffers, anywhere, strict=True):
-            if differs:
-                self.group.broadcast_tensors([getattr(module, name)])
-        self._marks = self._marks_of_buffers()
+        self._hand_out(changed, 0)
         return bool(flagged)
+
+    def settle(self) -> None:
+        """A training step is over: buffers that it changed become those of a process that had rows for it."""
+        if self.rows is None or not self.is_incomplete or not self._buffers:
+            return
+        word = torch.tensor(self._changed(), dtype=torch.float64)
+        changed = self.group.reduce(word, dist.ReduceOp.MAX, self.group.control).tolist()
+        self._hand_out(changed, next(rank for rank, size in enumerate(self.rows.sizes) if size))
+
+    def _changed(self) -> list[bool]:
+        return [before != now for before, now in zip(self._marks, self._marks_of_buffers(), strict=True)]
+
+    def _hand_out(self, changed: Sequence[float], source: int) -> None:
+        for (module, name), differs in zip(self._buffers, changed, strict=True):
+            if differs:
+                self.group.broadcast_tensors([getattr(module, name)], source)
+        self._marks = self._marks_of_buffers()
 
     def _marks_of_buffers(self) -> list[tuple[int, int]]:
         """Something that changes with each buffer."""
@@ -419,8 +431,7 @@ class Team:
 
     def reduce(self, tensor: Tensor, group: Any, op: Any) -> Tensor:
         """As a strategy's. In a step, only processes with rows take part, and a mean is one over rows."""
-        if not self._in_step:
-            self._check_loop()
+        self.check_loop()
         group = self._present if group is None else group
         if not (isinstance(op, str) and op.lower() in ("mean", "avg")):
             chosen = getattr(dist.ReduceOp, op.upper()) if isinstance(op, str) else op
@@ -429,9 +440,13 @@ class Team:
         wide = tensor if tensor.is_floating_point() else tensor.double()  # a mean of numbers of rows is no whole number
         return self.group.reduce(wide * weight, group=group)
 
-    def _check_loop(self) -> None:
-        """Refuse what somebody cannot take part in, who has not run the step that logs it."""
-        had = self._loops.get(self._loop)
+    def check_loop(self) -> None:
+        """Refuse what somebody cannot take part in after a pass over data, who has not run the step that logs it.
+
+        Raises:
+            UnsupportedError: Some process had no row in it.
+        """
+        had = None if self._in_step else self._loops.get(self._loop)
         if had and len(had) < self.group.size:
             missing = ", ".join(str(rank) for rank in range(self.group.size) if rank not in had)
             raise UnsupportedError(

@@ -17,6 +17,7 @@ import torch
 from jobs import Net, Numbers, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
 
@@ -51,6 +52,18 @@ class Raw(Net):
         optimizer.step()
 
 
+class Measured(Net):
+    """Logs a metric of torchmetrics, which all processes compute together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.mean(self.loss(batch, "val"))
+        self.log("val", self.mean)
+
+
 class Note(L.Callback):
     """Says which steps were done, and when."""
 
@@ -65,7 +78,7 @@ class Note(L.Callback):
 def main(what: str, rank: int, step: int, folder: Path) -> None:
     torch.set_num_threads(1)
     this = int(os.environ["RANK"])
-    model = Raw() if what == "raw" else Net()
+    model = {"raw": Raw, "metric": Measured}.get(what, Net)()
     data: DataLoader[Any] = loader()
     shares: list[float] | None = None
     if what == "lengths" and this == rank:
@@ -90,7 +103,7 @@ def main(what: str, rank: int, step: int, folder: Path) -> None:
         callbacks=[Happens(what, rank, step, folder), Note(folder), checkpoints],
     )
     last = folder / "last.ckpt"
-    validation = DataLoader(Numbers(5), batch_size=1) if what == "validation" else None
+    validation = DataLoader(Numbers(5), batch_size=1) if what in ("validation", "metric") else None
     trainer.fit(model, data, validation, ckpt_path=str(last) if last.exists() else None)
     print(f"process {this} is done after {trainer.global_step} steps")
 

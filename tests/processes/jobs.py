@@ -43,6 +43,7 @@ class Net(L.LightningModule):
     """Three layers; records which rows it saw."""
 
     again = False  # whether the backward runs the forward again
+    counts = True  # whether a buffer counts training steps
 
     def __init__(self, norm: bool = False, seed: int = 0) -> None:
         super().__init__()
@@ -55,11 +56,15 @@ class Net(L.LightningModule):
         self.forgotten = nn.Parameter(torch.ones(8, dtype=torch.float64))  # in no optimizer: its gradients add up
         self.register_buffer("kinds", torch.tensor([seed, 2], dtype=torch.int16))
         self.register_buffer("flag", torch.tensor(seed == 0))
+        self.register_buffer("expanded", torch.full((1, 2), float(seed)).expand(3, 2))
+        self.register_buffer("steps", torch.tensor(0))
         self.seen: dict[str, list[int]] = {}
 
     def loss(self, batch: Any, name: str) -> Tensor:
         x, y, index = batch
         self.seen.setdefault(name, []).extend(index.tolist())
+        if self.counts and self.training:
+            self.steps.add_(1)
         x = x * self.forgotten
         out = checkpoint(self.net, x, use_reentrant=False) if self.again and self.training else self.net(x)
         return functional.cross_entropy(out, y)
@@ -153,6 +158,7 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
         strategy |= {"profile": "always", "placement": "auto", "micro_batches": None}
     if "in-parts" in name:
         strategy |= {"micro_batching": "step", "micro_batches": 2}
+        model.counts = False  # it would count micro-batches
     trainer = L.Trainer(
         strategy=HeteroStrategy(devices=devices, shares=given, hang_timeout_s=60, verbose=False, **strategy),
         accelerator="cpu",

@@ -22,6 +22,7 @@ CASES = [
     ("raw", 0),
     ("steps", 1),
     ("validation", 0),
+    ("metric", 0),
 ]
 Runs = dict[tuple[str, int], tuple[Path, list[launch.Ended]]]
 
@@ -97,8 +98,9 @@ def test_different_numbers_of_batches_are_found_out(runs: Runs) -> None:
         )
 
 
-def test_a_pass_in_which_a_process_has_no_row_ends_with_advice(runs: Runs) -> None:
-    _, ended = runs["validation", 0]
+@pytest.mark.parametrize("what", ["validation", "metric"])
+def test_a_pass_in_which_a_process_has_no_row_ends_with_advice(runs: Runs, what: str) -> None:
+    _, ended = runs[what, 0]
     assert [process.code for process in ended] == [1, 1]
     for process in ended:
         assert "had no row in it" in process.text

@@ -146,5 +146,4 @@ def test_a_cut_cable_ends_both_processes(two_hosts: Hosts) -> None:
     two_hosts.disconnect()
     for ended in launch.wait(processes, timeout_s=60):
         assert ended.code == 1, ended.text
-        assert "ProcessError: " in ended.text
-        assert "during the sum of gradients" in ended.text
+        assert re.search(r"ProcessError: process \d of 2 got no answer", ended.text), ended.text

@@ -220,19 +220,18 @@ class Group:
     def broadcast_tensors(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Overwrite tensors, of the same shapes on all ranks, by those of one rank."""
         with torch.no_grad(), self.answered("while the model was handed out"):
-            for tensor in tensors:
-                host = tensor.detach().cpu().contiguous()
+            for tensor in map(_without_repetition, tensors):
+                host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).reshape(-1)
                 # gloo knows few types of numbers, and bytes are bytes.
-                dist.broadcast(host.reshape(-1).view(torch.uint8), source)
-                if host.data_ptr() != tensor.data_ptr() or host.device != tensor.device:
-                    tensor.copy_(host)
+                dist.broadcast(host.view(torch.uint8), source)
+                tensor.copy_(host.view(tensor.shape))
 
     # Failure
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process leaves, and leave, so that none of them waits."""
         if self._store is not None:
-            words = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            words = f"{type(error).__name__}: {error}".removesuffix(": ").splitlines()[0][:500]
             store, key = self._store, f"cause/{self.rank}"
             _in_time(lambda: store.set(key, words), NAMING_S)
         # gloo cannot cancel a sum: it may hold this up until its timeout, and the error is not to wait for that.
@@ -325,6 +324,14 @@ def _meeting(address: Address, timeout_s: float) -> Store:
             ) from error
     _opened[key] = _opened.get(key, 0) + 1
     return PrefixStore(f"hetero/{address.attempt}/{_opened[key]}", _stores[key])
+
+
+def _without_repetition(tensor: Tensor) -> Tensor:
+    """The numbers of an expanded tensor, each of which stands in one place of memory, once."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _in_time(ask: Callable[[], Answer], limit_s: float) -> Answer | None:
