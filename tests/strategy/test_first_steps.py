@@ -103,7 +103,9 @@ def test_the_measured_plan_has_a_forecast_and_is_saved(hetero: Any, tmp_path: Pa
     assert not plan.forecast.estimated
 
 
-@pytest.mark.parametrize("placement", ["measured", "auto", SpreadOnceMeasured()], ids=str)
+@pytest.mark.parametrize(
+    "placement", ["measured", "auto", SpreadOnceMeasured()], ids=["measured", "auto", "once measured"]
+)
 def test_plans_take_turns_without_a_change_of_results_and_the_verdict_is_saved(
     placement: Any, plain: Any, hetero: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

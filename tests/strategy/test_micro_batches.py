@@ -45,7 +45,7 @@ def test_ten_steps_of_adam(name: str, rotation: int, plain: Any, hetero: Any, ac
         {"detect_anomaly": True},
         {"precision": "64-true"},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_options_of_the_trainer(options: dict[str, Any], plain: Any, hetero: Any) -> None:
     alone, spread = Classifier(), Classifier()

@@ -256,7 +256,7 @@ def test_deferred_batch_normalisation_has_the_statistics_of_the_whole_batch(plai
         {"callbacks": [ModelSummary(max_depth=-1)], "enable_model_summary": True},
         {"reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 2},
     ],
-    ids=str,
+    ids=" ".join,
 )
 @pytest.mark.parametrize("strategy", [{}, STEPS], ids=["forward", "step"])
 def test_options_of_the_trainer(alike: Any, options: dict[str, Any], strategy: dict[str, Any]) -> None:
