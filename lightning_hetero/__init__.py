@@ -13,7 +13,7 @@ A map of the package, in the order in which things happen; a name never imports 
     runtime/        do it
     export/         take it away: the stages for other runtimes
     parallel/       all of it for a plain training loop: `ModelParallel`
-    strategy/       all of it for Lightning: `HeteroStrategy`
+    strategy/       all of it for Lightning: `HeteroStrategy`, and `FabricStrategy` for its Fabric
     config, cli     all of it from the command line, through Hydra
 
     testing/        helpers for people who write policies, schedules and device backends
@@ -43,14 +43,16 @@ if TYPE_CHECKING:
     from lightning_hetero.parallel import ModelParallel, ModelParallelConfig
     from lightning_hetero.placement import PlacementPolicy, register_policy
     from lightning_hetero.plan import Plan, Stage
-    from lightning_hetero.strategy import HeteroAccelerator, HeteroStrategy
+    from lightning_hetero.strategy import FabricStrategy, HeteroAccelerator, HeteroMonitor, HeteroStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DeviceSpec",
+    "FabricStrategy",
     "HeteroAccelerator",
     "HeteroError",
+    "HeteroMonitor",
     "HeteroStrategy",
     "InfeasiblePlanError",
     "Inventory",
@@ -74,7 +76,7 @@ _HOMES = {
     "parallel": ("ModelParallel", "ModelParallelConfig"),
     "placement": ("PlacementPolicy", "register_policy"),
     "plan": ("Plan", "Stage"),
-    "strategy": ("HeteroAccelerator", "HeteroStrategy"),
+    "strategy": ("FabricStrategy", "HeteroAccelerator", "HeteroMonitor", "HeteroStrategy"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 

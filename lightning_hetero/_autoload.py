@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 NAMESPACES = {
     "lightning.pytorch.trainer.connectors.accelerator_connector": "lightning.pytorch",
     "pytorch_lightning.trainer.connectors.accelerator_connector": "pytorch_lightning",
+    "lightning.fabric.connector": "lightning.fabric",
+    "lightning_fabric.connector": "lightning_fabric",
 }
 """Module to wait for -> namespace whose registries are complete once that module was executed."""
 
@@ -78,9 +80,10 @@ def _complain(namespace: str, error: Exception) -> None:
     import logging
 
     logging.getLogger("lightning_hetero").warning(
-        'Trainer(strategy="hetero") will not be found by %s, because its registration failed: %s: %s. '
+        '%s(strategy="hetero") will not be found by %s, because its registration failed: %s: %s. '
         'Run `python -c "import lightning_hetero.strategy.register"` to see where, '
         "or set %s=0 to do without it.",
+        "Fabric" if namespace.endswith("fabric") else "Trainer",
         namespace,
         type(error).__name__,
         error,

@@ -74,6 +74,7 @@ class ScheduleConf:
             "auto", which leaves it to the plan.
         activation_checkpointing: True, false, or a list of devices whose layers keep their inputs only and run again
             in the backward; null does what a plan file says.
+        compile: "stage" compiles each part that is on one device; a mapping has arguments of torch.compile.
         batch_norm: "whole", or "defer" for statistics of micro-batches, with "forward".
     """
 
@@ -82,6 +83,7 @@ class ScheduleConf:
     rule: Optional[str] = None  # noqa: UP045
     rematerialize: Any = False
     activation_checkpointing: Any = None
+    compile: Any = None
     batch_norm: str = "whole"
 
 

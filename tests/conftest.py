@@ -1,4 +1,4 @@
-"""What all tests share: guards that fail a test which leaves a trace, the emulated accelerator, a child Python."""
+"""What all tests share: guards against traces, the emulated accelerator, plain Lightning's Trainer, a child Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -40,6 +40,7 @@ ENVIRONMENT_OF_IMPORTS = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "import lightning.fabric",
     "TORCHINDUCTOR_CACHE_DIR": "first compilation by inductor",
     "TRITON_CACHE_DIR": "first compilation by triton",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR": "first compilation by inductor",
     "USE_LIBUV": "import lightning.fabric, on Windows",
 }
 # Import hooks that packages install for themselves when they are imported, by their module.
@@ -208,6 +209,26 @@ def accelerator() -> EmulatedAccelerator:
     from lightning_hetero.testing import install_accelerator
 
     return install_accelerator("auto")
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Things:
+    """Options of a Trainer that writes nothing but what the test asks for."""
+    return {
+        "default_root_dir": tmp_path,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+
+
+@pytest.fixture
+def plain(quiet: Things) -> Callable[..., Any]:
+    """Makes Trainers on the CPU, without this package's strategy."""
+    import lightning.pytorch as pl
+
+    return lambda **options: pl.Trainer(**{**quiet, "accelerator": "cpu", "devices": 1, "max_epochs": 2, **options})
 
 
 @pytest.fixture

@@ -16,8 +16,10 @@ RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 PROMISED = [
     "DeviceSpec",
+    "FabricStrategy",
     "HeteroAccelerator",
     "HeteroError",
+    "HeteroMonitor",
     "HeteroStrategy",
     "InfeasiblePlanError",
     "Inventory",

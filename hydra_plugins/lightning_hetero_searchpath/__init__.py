@@ -45,6 +45,7 @@ class HeteroConf:
     schedule: Optional[str] = None  # noqa: UP045
     rematerialize: Any = False
     activation_checkpointing: Any = None
+    compile: Any = None
     batch_norm: str = "whole"
     profile: str = "auto"
     replan: str = "never"

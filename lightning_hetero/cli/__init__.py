@@ -16,7 +16,10 @@ PROGRAM = "lightning-hetero"
 
 COMMANDS = {
     "train": "train and test a model over the devices of this machine, configured by Hydra",
+    "plan": "say which part of a model would run where, why, and what a step would take",
+    "simulate": "predict what every device does when, for a plan, and what would change that",
     "devices": "show the devices that a model can be spread over",
+    "export": "take a trained model away to other runtimes, as a chain of stages",
 }
 """Name of each command, which is also the name of its module, and what it does."""
 

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from lightning_hetero.cli import PROGRAM
 from lightning_hetero.devices import INVENTORY_HEADER, Inventory, inventory_rows, measured_inventory, resolve_devices
-from lightning_hetero.devices.cards import is_cards_request
 from lightning_hetero.devices.pace_table import (
     DEVICE_PACE_HEADER,
     LINK_PACE_HEADER,
     device_pace_rows,
     link_pace_rows,
 )
+from lightning_hetero.devices.presets import describes_hardware
 from lightning_hetero.errors import HeteroError
 
 _TEXTS = {"device", "kind", "dtypes", "trains", "product", "from", "to", "confidence"}
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _inventory(arguments: argparse.Namespace) -> Inventory:
-    inventory = resolve_devices(arguments.devices, must_exist=not is_cards_request(arguments.devices))
+    inventory = resolve_devices(arguments.devices, must_exist=not describes_hardware(arguments.devices))
     if arguments.measure or arguments.refresh or arguments.profile:
         return measured_inventory(inventory, refresh=arguments.refresh, profile=arguments.profile)
     return inventory

@@ -22,12 +22,13 @@ _BAD_ARGUMENT = re.compile(r"call to target '([\w.]+)'.*unexpected keyword argum
 _WHERE = "HYDRA_FULL_ERROR=1 shows where it happened."
 
 
-def explain(error: BaseException, argv: Sequence[str]) -> str:
+def explain(error: BaseException, argv: Sequence[str], command: str) -> str:
     """Say what went wrong in words for the person at the command line.
 
     Args:
         error: What ended the run.
         argv: The arguments of the command.
+        command: Its name, which is that of its configuration.
 
     Returns:
         One or more lines, without a traceback.
@@ -42,7 +43,7 @@ def explain(error: BaseException, argv: Sequence[str]) -> str:
         return text + _line(near(Path(error.missing_cfg_file or "").stem, error.options or ()))
     if isinstance(error, InstantiationException):
         return f"{text}{_line(_near_argument(text))}\n{_WHERE}"
-    return text + _line(_near_key(text, argv))
+    return text + _line(_near_key(text, argv, command))
 
 
 def near(word: str, words: Iterable[str]) -> str:
@@ -71,7 +72,7 @@ def _near_argument(text: str) -> str:
     return near(argument, inspect.signature(get_object(target)).parameters)
 
 
-def _near_key(text: str, argv: Sequence[str]) -> str:
+def _near_key(text: str, argv: Sequence[str], command: str) -> str:
     """Hint for a misspelt key or group."""
     match = _BAD_KEY.search(text)
     if match is None:
@@ -79,7 +80,7 @@ def _near_key(text: str, argv: Sequence[str]) -> str:
     key = match[1]
     parent, _, name = key.rpartition(".")
     others = [word for word in argv if "=" in word and not word.lstrip("+~").startswith(f"{key}=")]
-    config = _composed(others)
+    config = _composed(others, command)
     siblings = OmegaConf.select(config, parent) if parent else config
     words = [*map(str, siblings)] if isinstance(siblings, DictConfig) else []
     if not parent:
@@ -88,10 +89,10 @@ def _near_key(text: str, argv: Sequence[str]) -> str:
     return hint.replace("'", f"'{parent}.", 1) if parent else hint
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
+def _composed(overrides: Sequence[str], command: str) -> DictConfig:
     """The configuration without the word that was wrong, or else as it is when nothing is overridden."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
-            return compose("train", [*overrides])
+            return compose(command, [*overrides])
         except (HydraException, OmegaConfBaseException):
-            return compose("train")
+            return compose(command)

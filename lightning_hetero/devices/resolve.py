@@ -9,12 +9,12 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from lightning_hetero.devices.assemble import devices_of, no_device, on_this_machine, put_together
-from lightning_hetero.devices.cards import cards_inventory, is_cards_request
 from lightning_hetero.devices.described import described_inventory
 from lightning_hetero.devices.files import SUFFIXES, read_inventory_file
 from lightning_hetero.devices.here import Here
 from lightning_hetero.devices.limits import limit_memory
 from lightning_hetero.devices.lookup import refusal
+from lightning_hetero.devices.presets import is_preset_request, preset_inventory
 from lightning_hetero.devices.request import FORMS, torch_name
 from lightning_hetero.devices.spec import DeviceSpec, Inventory
 from lightning_hetero.errors import InventoryError
@@ -54,7 +54,8 @@ def resolve_devices(
             * {"cuda:0": "10GiB", "cpu": None}: these devices under these limits.
             * "my.yaml", a path: an inventory file; {"devices": [...]}: its content.
             * {"name": ..., "kind": ..., "memory": ...}, also in lists: a device, described.
-            * "2xrtx4090+1xa100-80gb", "2x24GiB+1x12GiB": hardware by its data sheet or memory, to plan for.
+            * "2xrtx4090+1xa100-80gb", "2x24GiB+1x12GiB": hardware by its data sheet or memory, to plan for;
+              "+cpu" or "+cpu-64GiB" adds a CPU.
             * A `DeviceSpec`, an `Inventory`.
         memory: Limits by device, `{"cuda:0": "10GiB"}`.
         discovered: The devices to choose from; None discovers those of this machine.
@@ -85,8 +86,8 @@ def _read(request: object, here: Here, must_exist: bool) -> Inventory:
         return _from_file(request, here, must_exist)
     if isinstance(request, Mapping):
         return _from_mapping(request, here, must_exist)
-    if isinstance(request, str) and is_cards_request(request):
-        return _from_cards(request, must_exist)
+    if isinstance(request, str) and is_preset_request(request):
+        return _from_preset(request, here, must_exist)
     return _choose(_parts(request), here, must_exist)
 
 
@@ -99,8 +100,8 @@ def _from_file(path: str | PathLike[str], here: Here, must_exist: bool) -> Inven
     return described_inventory(data, here, must_exist=must_exist, origin=f"the file {str(path)!r}")
 
 
-def _from_cards(request: str, must_exist: bool) -> Inventory:
-    inventory = cards_inventory(request)
+def _from_preset(request: str, here: Here, must_exist: bool) -> Inventory:
+    inventory = preset_inventory(request, here)
     if must_exist:
         raise InventoryError(
             f"{request!r} describes hardware by its data sheet, which can be planned for but not trained on. Pass "

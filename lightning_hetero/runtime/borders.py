@@ -130,7 +130,7 @@ def _write_back(frame: Frame) -> None:
 
 def _may_be_checkpointed() -> bool:
     """Whether this may be the forward of activation checkpointing, or its repetition in the backward."""
-    if frames.are_random_numbers_arranged():
+    if frames.are_random_numbers_arranged() or torch.compiler.is_dynamo_compiling():  # which cannot trace the next
         return False
     return (
         torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from lightning_hetero.plan.plan import Plan
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.activation_checkpointing import Checkpointed, checkpoint_blocks
 from lightning_hetero.runtime.borders import EnterBlock, EnterSplit, LeaveBlock, LeaveSplit
+from lightning_hetero.runtime.compiled import Compiled, compile_blocks, is_compiled, keep_out_of_graphs
 from lightning_hetero.runtime.emulate import METER, EnterEmulated, LeaveEmulated, Pace, paces
 from lightning_hetero.runtime.engine.engine import Engine
 from lightning_hetero.runtime.engine.record import Recorder, Recording
@@ -37,6 +39,7 @@ class Pipelining:
         once_per_batch: Names of methods of the model that must not be called for a part of a batch.
         weights: Shares of the rows that micro-batches get, in proportion to each other; none: all the same.
         around: Gives values that user code may decide by, such as the epoch. Where they change, cutting is tried anew.
+        compiler: Arguments of `torch.compile` for each part of the model; None does not compile.
     """
 
     micro_batches: int = 1
@@ -46,6 +49,7 @@ class Pipelining:
     once_per_batch: Sequence[str] = ()
     weights: Sequence[float] = ()
     around: Callable[[], Sequence[Hashable]] = tuple
+    compiler: Mapping[str, Any] | None = None
 
 
 class PlacedModel:
@@ -90,6 +94,7 @@ class PlacedModel:
         self._recorder = Recorder()
         self._buffers: list[tuple[nn.Module, torch.device]] = []
         self._checkpointed: list[Checkpointed] = []
+        self._compiled: list[Compiled] = []
 
     def place(self, before_hooks: Callable[[nn.Module, Layout], Layout] | None = None) -> None:
         """Move parameters, buffers and metrics, and put the hooks and guards on.
@@ -99,7 +104,7 @@ class PlacedModel:
 
         Raises:
             PlacementError: A parameter has no values (meta device).
-            UnsupportedError: The plan wants activation checkpointing of a stage with replicas.
+            UnsupportedError: The plan wants activation checkpointing of a stage with replicas, or of one to compile.
         """
         self._checkpointed_blocks()  # refused before anything moves
         targets = list(self._targets())
@@ -110,6 +115,10 @@ class PlacedModel:
         if before_hooks is not None:
             self.layout = before_hooks(self.module, self.layout)
         self._hook()
+        if any(is_compiled(split.module) for split in self.layout.splits):
+            keep_out_of_graphs()
+        if self.pipelining.compiler is not None:
+            self._compiled = compile_blocks(self.layout.blocks, self.pipelining.compiler)
         if self.spans_devices:
             guard((module for module, _ in targets), self.root)
         places = {device.name for block in self.layout.blocks for device in block.devices}
@@ -186,7 +195,7 @@ class PlacedModel:
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.close()
-        for module in self._checkpointed:
+        for module in (*self._checkpointed, *self._compiled):
             module.remove()
         release(self.module)
         frames.cut_to(0)
@@ -201,6 +210,7 @@ class PlacedModel:
     def reconciler(self) -> DeviceReconciler | None:
         """The mode under which user code may mix tensors of several devices; None if there is only one."""
         compiled = any(hasattr(module, "_orig_mod") for module in self.module.modules())
+        compiled = compiled or is_compiled(self.module)
         # torch.compile would trace through the mode at every operation.
         return DeviceReconciler(self.root) if self.spans_devices and not compiled else None
 
@@ -231,6 +241,11 @@ class PlacedModel:
                 f"{shared.name} has replicas, which keep their activations, so activation checkpointing on "
                 f"{shared.device.name} would not save what it promises. Leave out activation_checkpointing for "
                 f"{shared.device.name}, or the replicas; rematerialize=True works with both."
+            )
+        if blocks and self.pipelining.compiler is not None:
+            raise UnsupportedError(
+                f"{blocks[0].name} cannot be compiled as one piece and have layers that run again in the backward. "
+                "Leave out compile, or activation_checkpointing; rematerialize=True works with compile."
             )
         return blocks
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hetero.runtime import meter
 from lightning_hetero.runtime.containers import Copied, inside, is_open
 
 Visit = Callable[[Tensor], Tensor]
@@ -23,9 +24,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if tensor.device == device:
         return tensor
+    there = tensor
     if "cpu" not in (tensor.device.type, device.type) and tensor.device.type != device.type:
-        tensor = tensor.to("cpu")
-    return tensor.to(device)
+        there = tensor.to("cpu")
+    there = there.to(device)
+    for each in meter.running:
+        each.count(there)
+    return there
 
 
 def version_of(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 `lightning_hetero.strategy.HeteroStrategy` is the class for the namespace that the program uses: `lightning.pytorch`
 if it is imported, else `pytorch_lightning` if that is, else `lightning.pytorch`. The name "hetero" is right in both.
+`FabricStrategy` is the one for Fabric, chosen in the same way.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_hetero.strategy.lightning_pytorch import HeteroAccelerator, HeteroStrategy
+    from lightning_hetero.strategy.lightning_fabric import FabricStrategy
+    from lightning_hetero.strategy.lightning_pytorch import HeteroAccelerator, HeteroMonitor, HeteroStrategy
 
-__all__ = ["HeteroAccelerator", "HeteroStrategy"]
+__all__ = ["FabricStrategy", "HeteroAccelerator", "HeteroMonitor", "HeteroStrategy"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,10 +22,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lightning_hetero.strategy.register import strategy_module
 
-    return getattr(strategy_module(namespace_in_use()), name)
+    return getattr(strategy_module(namespace_in_use(for_fabric=name == "FabricStrategy")), name)
 
 
-def namespace_in_use() -> str:
-    """The Lightning namespace that this program imported, "lightning.pytorch" if both or none."""
-    both = ("lightning.pytorch", "pytorch_lightning")
+def namespace_in_use(*, for_fabric: bool = False) -> str:
+    """The Lightning namespace that this program imported, "lightning.pytorch" or "lightning.fabric" if both or none."""
+    both = ("lightning.fabric", "lightning_fabric") if for_fabric else ("lightning.pytorch", "pytorch_lightning")
     return next((namespace for namespace in both if namespace in sys.modules), both[0])

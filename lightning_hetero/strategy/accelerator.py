@@ -8,6 +8,7 @@ import torch
 
 from lightning_hetero.devices import Inventory, discover, resolve_devices
 from lightning_hetero.errors import UsageError
+from lightning_hetero.strategy.device_stats import memory_stats
 
 if TYPE_CHECKING:
     from lightning.pytorch.accelerators import Accelerator as _Base
@@ -29,18 +30,19 @@ class RequestedDevices(list[torch.device]):
 class HeteroAcceleratorCore(_Base):
     """Mixed into `Accelerator` of each Lightning namespace."""
 
+    user = "Trainer"
     serves_strategy = False  # set by HeteroStrategy: nobody else can work with several devices
 
     def setup_device(self, device: torch.device) -> None:
         """Make `device` the current one of its kind.
 
         Raises:
-            UsageError: The Trainer has another strategy.
+            UsageError: The Trainer or Fabric has another strategy.
         """
         if not self.serves_strategy:
             raise UsageError(
                 'accelerator="hetero" needs strategy="hetero", which places the model over the devices. Write '
-                'Trainer(accelerator="hetero", devices=..., strategy="hetero").'
+                f'{self.user}(accelerator="hetero", devices=..., strategy="hetero").'
             )
         if device.type != "cpu" and device.index is not None:
             torch.get_device_module(device).set_device(device.index)
@@ -55,9 +57,7 @@ class HeteroAcceleratorCore(_Base):
 
     def get_device_stats(self, device: Any) -> dict[str, Any]:
         """Memory figures of one device, under torch's own names; empty where the backend has none."""
-        device = torch.device(device)
-        stats = getattr(torch.get_device_module(device), "memory_stats", None) if device.type != "cpu" else None
-        return dict(stats(device)) if stats is not None else {}
+        return memory_stats(torch.device(device))
 
     @staticmethod
     def parse_devices(devices: Any) -> Inventory:

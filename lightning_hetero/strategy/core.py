@@ -16,11 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from lightning_hetero.devices import Inventory
-from lightning_hetero.devices.profile_files import read_device_profile
-from lightning_hetero.errors import UnsupportedError, UsageError
-from lightning_hetero.placement import Constraints, PlacementPolicy
-from lightning_hetero.placement.problem import OBJECTIVES
+from lightning_hetero.errors import CheckpointError, UnsupportedError, UsageError
+from lightning_hetero.placement import Constraints
 from lightning_hetero.plan import Plan
 from lightning_hetero.plan.forecast import FORWARD, WHOLE
 from lightning_hetero.profile import ModelProfile
@@ -28,13 +25,12 @@ from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.record import Recording
 from lightning_hetero.runtime.engine.stepper import Stepper
 from lightning_hetero.runtime.modes import activate, deactivate
-from lightning_hetero.runtime.placed import Pipelining, PlacedModel
+from lightning_hetero.runtime.placed import PlacedModel
 from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.schedule import get_schedule
-from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
-from lightning_hetero.strategy.activation_checkpointing import ActivationCheckpointing
+from lightning_hetero.strategy._compat import Host
+from lightning_hetero.strategy.arguments import known_arguments_only
 from lightning_hetero.strategy.busy import BusyTable, busy_table
-from lightning_hetero.strategy.checkpoint import on_cpu
 from lightning_hetero.strategy.first_steps import PROFILE, FirstSteps, can_gain, steps_left
 from lightning_hetero.strategy.memory import readable_out_of_memory
 from lightning_hetero.strategy.online import REPLAN, Online
@@ -44,36 +40,22 @@ from lightning_hetero.strategy.optimizers import (
     keep_state_beside_parameters,
     state_factor,
 )
-from lightning_hetero.strategy.options import (
-    as_constraints,
-    as_policy,
-    number_of_micro_batches,
-    one_of,
-    positive_seconds,
-    requested_inventory,
-    schedule_for,
-    shares_of_processes,
-    yes_no_or_auto,
-)
-from lightning_hetero.strategy.planning import Planning, Terms
-from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
+from lightning_hetero.strategy.options import one_of, schedule_for, shares_of_processes
+from lightning_hetero.strategy.planning import Planning
+from lightning_hetero.strategy.precision import use_devices
 from lightning_hetero.strategy.refusals import check_callbacks
 from lightning_hetero.strategy.report import print_plan, save_plan
-from lightning_hetero.strategy.several import OneOfSeveralCore
+from lightning_hetero.strategy.resume import ResumingCore
+from lightning_hetero.strategy.sights import Sights
+from lightning_hetero.strategy.spreading import DevicesArgument, PlacementArgument, SpreadingCore
 from lightning_hetero.strategy.steps import RECORDED, merged_output, replay
 from lightning_hetero.strategy.trial import in_effect
 from lightning_hetero.strategy.watch import Watch
 
 log = logging.getLogger(__name__)
 
-DevicesArgument = str | int | list[str] | dict[str, str | None] | None
-PlacementArgument = str | dict[str, str | int] | PlacementPolicy | None
 
-# Methods of a LightningModule that mean one batch.
-_ONCE_PER_BATCH = ("log", "log_dict", "manual_backward", "optimizers", "lr_schedulers", "print")
-
-
-class HeteroStrategyCore(OneOfSeveralCore):
+class HeteroStrategyCore(ResumingCore, SpreadingCore):
     """Trains a model whose parts stand on several devices of one machine, in one process or in several.
 
     If a launcher such as torchrun started several processes, each drives devices of its own, and they share the rows of
@@ -110,6 +92,9 @@ class HeteroStrategyCore(OneOfSeveralCore):
             micro-batches, in every schedule; results stay the same bit for bit. Hooks of user code on modules inside
             of layers, and attributes that a forward counts up, see both runs. None does what a plan file says, and
             False nothing. Not together with `rematerialize`.
+        compile: "stage" lets torch.compile make one piece of each part of the model that is on one device; a mapping
+            does so with these arguments of torch.compile, such as {"mode": "max-autotune"}. Names of modules stay as
+            they are. The plan counts seconds of uncompiled parts.
         batch_norm: "whole" runs modules with batch normalisation in training on whole batches, as one device does.
             "defer" cuts them: each micro-batch is normalised by its own mean and variance, and the running statistics
             are those of the whole batch. Results then differ from those of one device.
@@ -128,7 +113,8 @@ class HeteroStrategyCore(OneOfSeveralCore):
         hang_timeout_s: Seconds after which a cut call that has not ended is given up, with the stacks of all threads,
             and after which another process that does not answer counts as gone.
         verbose: Whether to print the plan once.
-        checkpoint_io: As in every Lightning strategy.
+        checkpoint_io: As in every Lightning strategy; by default one that writes checkpoints whole or not at all, and
+            verifies their sha256 on loading.
         precision_plugin: As in every Lightning strategy.
 
     Raises:
@@ -139,9 +125,10 @@ class HeteroStrategyCore(OneOfSeveralCore):
     """
 
     strategy_name = "hetero"
-    accelerator_class: ClassVar[type[HeteroAcceleratorCore]]
-    precision_class: ClassVar[type[HeteroMixedPrecisionCore]]
+    host: ClassVar[Host]
+    _is_in_backward = _has_refused = False
 
+    @known_arguments_only
     def __init__(
         self,
         devices: DevicesArgument = None,
@@ -156,6 +143,7 @@ class HeteroStrategyCore(OneOfSeveralCore):
         schedule: str | None = None,
         rematerialize: bool | str = False,
         activation_checkpointing: bool | list[str] | None = None,
+        compile: str | Mapping[str, Any] | None = None,
         batch_norm: str = "whole",
         profile: str = "auto",
         replan: str = "never",
@@ -168,64 +156,43 @@ class HeteroStrategyCore(OneOfSeveralCore):
         precision_plugin: Any = None,
     ) -> None:
         super().__init__(device="cpu", checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
-        self._devices = devices
-        self._policy = as_policy(placement)
-        self._memory: Mapping[str, Any] = dict(memory or {})
-        self._plan_file = None if plan is None else Path(plan)
-        self._no_split: str | Sequence[str] = no_split or ()
+        self.host.warn_if_untested()
         in_parts = one_of("micro_batching", micro_batching, ("forward", "step")) == "step"
         rule = schedule_for(schedule, micro_batching)
-        self._terms = Terms(
-            micro_batches=number_of_micro_batches(micro_batches),
+        self._take_options(
+            devices=devices,
+            placement=placement,
+            memory=memory,
+            plan=plan,
+            no_split=no_split,
+            constraints=constraints,
+            objective=objective,
+            micro_batches=micro_batches,
             schedules=(rule.name,) if in_parts else (WHOLE, FORWARD),
-            rematerialize=yes_no_or_auto("rematerialize", rematerialize),
-            constraints=as_constraints(constraints),
-            objective=one_of("objective", objective, OBJECTIVES),
-            time_limit_s=positive_seconds("planning_limit_s", planning_limit_s),
-        )
-        self._checkpointing = ActivationCheckpointing.of(
-            activation_checkpointing, self._plan_file, self._terms.rematerialize
-        )
-        self._pipelining = Pipelining(
-            defers_batch_norm=one_of("batch_norm", batch_norm, ("whole", "defer")) == "defer",
-            hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),
-            once_per_batch=_ONCE_PER_BATCH,
+            rematerialize=rematerialize,
+            activation_checkpointing=activation_checkpointing,
+            compile=compile,
+            batch_norm=batch_norm,
+            planning_limit_s=planning_limit_s,
+            device_profile=device_profile,
+            hang_timeout_s=hang_timeout_s,
+            verbose=verbose,
             around=self._moment,
         )
         self._shares = shares_of_processes(shares)
         self._profile = one_of("profile", profile, PROFILE)
         self._replan = one_of("replan", replan, REPLAN)
-        self._device_profile = None if device_profile is None else Path(device_profile)
-        if self._device_profile is not None:
-            read_device_profile(self._device_profile)  # a damaged one is refused before anything runs
         self._watch: Watch | None = None  # of steps, which may change the plan between them
         self._measured: tuple[Planning, ModelProfile] | None = None
         self._stepper: Stepper | None = None
-        self._verbose = verbose
-        self._inventory: Inventory | None = None
         self._plan: Plan | None = None
         self._shown: object = None  # what was printed last
         self._log_dir: str | None = None
         self._placed: PlacedModel | None = None
         self._reconciler: DeviceReconciler | None = None
+        self._sights: Sights | None = None
 
     # What Lightning's connector sets
-
-    @property
-    def parallel_devices(self) -> None:
-        """Always None: to Lightning this strategy has one device. Setting it tells what the Trainer asked for."""
-        return
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: Sequence[torch.device]) -> None:
-        self._inventory = requested_inventory(self._devices, devices, self._memory, self._place_on_host)
-        self._checkpointing.check(self._inventory)
-        self._root_device = torch.device(str(self._inventory.root.torch_device))
-        fits = self._accelerator is not None and _serves(self._accelerator, self._root_device)
-        if not fits:
-            self._accelerator = self.accelerator_class()
-        if isinstance(self._accelerator, HeteroAcceleratorCore):
-            self._accelerator.serves_strategy = True
 
     @property
     def precision_plugin(self) -> Any:
@@ -235,9 +202,29 @@ class HeteroStrategyCore(OneOfSeveralCore):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
+        self._check_it_is_free()  # every Trainer that takes this strategy sets it
         if type(plugin) is self.host.mixed_precision:
             plugin = self.precision_class.of(plugin)
         self._precision_plugin = plugin
+
+    def connect(self, model: Any) -> None:
+        """Take the module of a run.
+
+        Raises:
+            UsageError: Another run is going on with this strategy.
+        """
+        if model is not self.model:
+            self._has_refused = True  # until it is known: of a Trainer that is refused, `teardown` comes next
+            self._check_it_is_free()
+            self._has_refused = False
+        super().connect(model)
+
+    def _check_it_is_free(self) -> None:
+        if getattr(self, "_placed", None) is not None:
+            raise UsageError(
+                f"this HeteroStrategy has placed the {type(self.model).__name__} of a run that is still going on. Make "
+                "a HeteroStrategy for each Trainer that runs at the same time, or write strategy='hetero'."
+            )
 
     # What users may ask
 
@@ -245,11 +232,6 @@ class HeteroStrategyCore(OneOfSeveralCore):
     def plan(self) -> Plan | None:
         """The plan of the latest run; None before the first."""
         return self._plan
-
-    @property
-    def inventory(self) -> Inventory | None:
-        """The devices of this run; None before a Trainer took the strategy."""
-        return self._inventory
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -364,6 +346,7 @@ class HeteroStrategyCore(OneOfSeveralCore):
         # Asked here, as all processes have to ask at the same time.
         self._log_dir = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None
         self._begin(fitting)
+        self._sights = Sights(trainer, self)
         self._show(trainer)
 
     def _check(self, trainer: Any) -> None:
@@ -417,15 +400,24 @@ class HeteroStrategyCore(OneOfSeveralCore):
 
         Lightning calls this while another exception is on its way to the user; that one must not be hidden.
         """
+        if self._has_refused:
+            running: Any = self.model  # which has placed its module; the Trainer that is refused has put its own here
+            self._has_refused, self._lightning_module = False, running
+            return
         try:
-            watch, self._watch = self._watch, None
+            watch, sights, self._watch, self._sights = self._watch, self._sights, None, None
             if watch is not None:
                 watch.close()
+            if sights is not None:
+                sights.close()
             self._dismiss_guests()
             self._release(torch.device("cpu"))
             self._part()
             super().teardown()
+        except CheckpointError:  # of one that was written in the background; Lightning asks for it at the very end
+            raise
         except Exception:
+            self._placed = None
             log.warning("the model could not be gathered on the CPU; parts of it may still be elsewhere", exc_info=True)
             for part in (self.precision_plugin, self._accelerator, self.checkpoint_io):
                 if part is not None:
@@ -435,40 +427,21 @@ class HeteroStrategyCore(OneOfSeveralCore):
         assert self.model is not None
         assert self._inventory is not None
         self._release(None)
-        return Planning.of(
-            self.model,
-            self._inventory,
-            self._policy,
-            no_split=self._no_split,
-            plan_file=self._plan_file,
-            training=fitting,
-            terms=self._terms,
-        )
+        return self._planning_of(self.model, self._inventory, training=fitting)
 
     def _place(self, plan: Plan) -> None:
         """Put a plan into effect, or go over from another one to it."""
         assert self.model is not None
-        rematerialize = plan.execution.rematerialize or self._terms.rematerialize is True
-        plan = self._checkpointing.applied(plan, rematerialize)
+        plan = self._completed(plan)
         if self._team is not None and (note := self._team.note(training=plan.training)) not in plan.notes:
             plan = replace(plan, notes=(*plan.notes, note))
         previous, self._plan = self._plan, plan
         if self._placed is not None and previous is not None and in_effect(previous) == in_effect(plan):
             return
         self._release(None)
-        pipelining = replace(
-            self._pipelining,
-            micro_batches=plan.execution.micro_batches,
-            weights=plan.execution.weights,
-            rematerialize=rematerialize,
-        )
-        self._placed = PlacedModel(self.model, plan, pipelining)
-        if isinstance(self._precision_plugin, HeteroMixedPrecisionCore):
-            self._precision_plugin.use_devices(map(torch.device, plan.torch_devices))
+        self._placed = self._to_place(self.model, plan)
+        use_devices(self._precision_plugin, map(torch.device, plan.torch_devices), self.host.mixed_precision)
         self._placed.place()
-        parts = self._terms.micro_batches or 1
-        if parts > 1 and len(plan.used) < 2:
-            log.warning("micro_batches=%s has no effect: the plan uses one device, so nothing can overlap", parts)
         exchange_parameters(self.optimizers, self._placed.replaced)
         self.host.update_properties(self.model, device=self.root_device)
 
@@ -601,34 +574,26 @@ class HeteroStrategyCore(OneOfSeveralCore):
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Backward over all devices, and sums of gradients over all processes."""
         with readable_out_of_memory(), frames.balanced():
-            if self._team is None:
+            if self._team is not None:
+                return self._weighted_backward(self._team, closure_loss, *args, **kwargs)
+            if self._is_in_backward:  # what tests of Lightning put around its method comes back here
+                return self.host.backward(self, closure_loss, *args, **kwargs)
+            self._is_in_backward = True
+            try:
                 return super().backward(closure_loss, *args, **kwargs)
-            return self._weighted_backward(self._team, closure_loss, *args, **kwargs)
-
-    # Checkpoints
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The model's state, on the CPU."""
-        state: dict[str, Any] = on_cpu(super().lightning_module_state_dict())
-        return state
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, on the CPU."""
-        state: dict[str, Any] = on_cpu(super().optimizer_state(optimizer))
-        return state
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load states from a checkpoint, each beside its parameter."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            optimizer.load_state_dict(state)
-        keep_state_beside_parameters(self.optimizers)
+            finally:
+                self._is_in_backward = False
 
     def __getstate__(self) -> dict[str, Any]:
-        of_a_run = ("_placed", "_reconciler", "_stepper", "_watch", "_measured", "_team", "_sigterm", "_balance")
+        of_a_run = (
+            "_placed",
+            "_reconciler",
+            "_stepper",
+            "_watch",
+            "_sights",
+            "_measured",
+            "_team",
+            "_sigterm",
+            "_balance",
+        )
         return {**super().__getstate__(), **dict.fromkeys(of_a_run), "_guests": ()}
-
-
-def _serves(accelerator: Any, root: torch.device) -> bool:
-    """Whether an accelerator of the host works for a root device of this type."""
-    name = type(accelerator).__name__.lower()
-    return isinstance(accelerator, HeteroAcceleratorCore) or name.startswith(root.type)

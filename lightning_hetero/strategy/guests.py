@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_hetero.strategy._compat import accelerator_connector, catch_sigterm, logged_results, signal_connector
 from lightning_hetero.strategy.team import Team
 
 
@@ -21,7 +22,7 @@ class OwnSamplers:
     """
 
     def __init__(self, trainer: Any, team: Team) -> None:
-        self._connector = trainer._accelerator_connector
+        self._connector = accelerator_connector(trainer)
         self._wish = team.deals = self._connector.use_distributed_sampler
         self._connector.use_distributed_sampler = False
 
@@ -42,14 +43,11 @@ class QuietSigterm:
     """
 
     def __init__(self, trainer: Any, team: Team) -> None:
-        self._connector = trainer._signal_connector
-        self._loop = trainer.fit_loop.epoch_loop
+        self._connector = signal_connector(trainer)
         self._team = team
         self._agrees = trainer.state.fn == "fit"
         self._flag = False
-        self._connector._sigterm_notifier_fn = self._note
-        if hasattr(type(self._loop), "_broadcast_sigterm_tensor"):
-            self._loop._broadcast_sigterm_tensor = lambda: None
+        self._put_back = catch_sigterm(trainer, self._note)
 
     def agree(self) -> None:
         """A training step begins on all processes."""
@@ -58,8 +56,7 @@ class QuietSigterm:
 
     def close(self) -> None:
         """Put Lightning's own back."""
-        vars(self._connector).pop("_sigterm_notifier_fn", None)
-        vars(self._loop).pop("_broadcast_sigterm_tensor", None)
+        self._put_back()
 
     def _note(self, signum: int, frame: Any) -> None:
         self._flag = True
@@ -103,7 +100,7 @@ class LoggedMetrics:
             metric.distributed_available_fn = partial(self._is_distributed, metric, own)
 
     def _is_distributed(self, metric: Metric, own: Callable[[], bool]) -> bool:
-        logged = self._trainer._results
+        logged = logged_results(self._trainer)
         if logged is not None and any(result.value is metric for result in logged.values() if not result.is_tensor):
             self._team.check_loop()
         return own()

@@ -1,15 +1,18 @@
-"""Strategy, accelerator and precision plugin for the namespace `pytorch_lightning`."""
+"""Strategy, accelerator, plugins and callback for the namespace `pytorch_lightning`."""
 
 from __future__ import annotations
 
+from pytorch_lightning import plugins
 from pytorch_lightning.accelerators import Accelerator
-from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from lightning_hetero._autoload import install
 from lightning_hetero.strategy._compat import host
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
+from lightning_hetero.strategy.checkpoint_files import CheckpointFilesCore
 from lightning_hetero.strategy.core import HeteroStrategyCore
+from lightning_hetero.strategy.monitor import HeteroMonitorCore
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
 
 
@@ -17,8 +20,15 @@ class HeteroAccelerator(HeteroAcceleratorCore, Accelerator):
     """Devices of any kind, together: `Trainer(accelerator="hetero", devices="cuda:0,cpu", strategy="hetero")`."""
 
 
-class HeteroMixedPrecision(HeteroMixedPrecisionCore, MixedPrecision):
-    """Mixed precision over several kinds of devices; takes the place of Lightning's plugin by itself."""
+class MixedPrecision(HeteroMixedPrecisionCore, plugins.MixedPrecision):
+    """Mixed precision over several kinds of devices; takes the place of Lightning's plugin by itself.
+
+    It has the same name, because checkpoints hold the state of a plugin under the name of its class.
+    """
+
+
+class HeteroCheckpointIO(CheckpointFilesCore, plugins.TorchCheckpointIO):  # noqa: D101
+    __doc__ = CheckpointFilesCore.__doc__
 
 
 class HeteroStrategy(HeteroStrategyCore, SingleDeviceStrategy):  # noqa: D101
@@ -26,7 +36,12 @@ class HeteroStrategy(HeteroStrategyCore, SingleDeviceStrategy):  # noqa: D101
 
     host = host("pytorch_lightning")
     accelerator_class = HeteroAccelerator
-    precision_class = HeteroMixedPrecision
+    precision_class = MixedPrecision
+    checkpoint_io_class = HeteroCheckpointIO
+
+
+class HeteroMonitor(HeteroMonitorCore, Callback):  # noqa: D101
+    __doc__ = HeteroMonitorCore.__doc__
 
 
 install()  # completes what `register` had to leave out if the host was imported by this module

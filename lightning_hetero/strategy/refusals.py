@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.plan import Plan
+from lightning_hetero.strategy._compat import prunes_globally
 
 
 def check_callbacks(callbacks: Iterable[Any], plan: Plan | None) -> None:
@@ -19,7 +20,7 @@ def check_callbacks(callbacks: Iterable[Any], plan: Plan | None) -> None:
         return
     for callback in callbacks:
         names = {cls.__name__ for cls in type(callback).__mro__}
-        if "ModelPruning" in names and getattr(callback, "_use_global_unstructured", False):
+        if "ModelPruning" in names and prunes_globally(callback):
             raise UnsupportedError(
                 "ModelPruning(use_global_unstructured=True) ranks the weights of all layers in one tensor, which torch "
                 f"refuses over {', '.join(plan.torch_devices)}. Set use_global_unstructured=False, which prunes layer "

@@ -9,6 +9,8 @@ NAME = "hetero"
 _MODULES = {
     "lightning.pytorch": "lightning_hetero.strategy.lightning_pytorch",
     "pytorch_lightning": "lightning_hetero.strategy.pytorch_lightning",
+    "lightning.fabric": "lightning_hetero.strategy.lightning_fabric",
+    "lightning_fabric": "lightning_hetero.strategy.standalone_fabric",
 }
 
 
@@ -21,15 +23,20 @@ def register(namespace: str) -> None:
     """Register strategy and accelerator in one namespace; a second call changes nothing.
 
     Args:
-        namespace: "lightning.pytorch" or "pytorch_lightning"; it must be imported already.
+        namespace: "lightning.pytorch", "lightning.fabric" or their twins; it must be imported already.
     """
-    strategies = importlib.import_module(f"{namespace}.strategies").StrategyRegistry
-    accelerators = importlib.import_module(f"{namespace}.accelerators").AcceleratorRegistry
+    is_fabric = namespace.endswith("fabric")
+    name = "FabricStrategy" if is_fabric else "HeteroStrategy"
+    registries = (
+        ("STRATEGY_REGISTRY", "ACCELERATOR_REGISTRY") if is_fabric else ("StrategyRegistry", "AcceleratorRegistry")
+    )
+    strategies = getattr(importlib.import_module(f"{namespace}.strategies"), registries[0])
+    accelerators = getattr(importlib.import_module(f"{namespace}.accelerators"), registries[1])
     if NAME not in strategies:
         # A function, so that our code is loaded when somebody asks for it and not before.
         strategies.register(
             NAME,
-            lambda **options: strategy_module(namespace).HeteroStrategy(**options),
+            lambda **options: getattr(strategy_module(namespace), name)(**options),
             description="Places the model over all devices of this machine",
         )
     # The host looks into classes of all accelerators when one of them is not available, so no function here. The

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.runtime.processes.group import Address, is_one_host
-from lightning_hetero.strategy._compat import Host
+from lightning_hetero.strategy._compat import Host, accumulates, has_trainer, train_loaders
 from lightning_hetero.strategy.balance import Balance
 from lightning_hetero.strategy.guests import LoggedMetrics, OwnSamplers, QuietSigterm, TakesBatches
 from lightning_hetero.strategy.team import Team
@@ -189,7 +189,7 @@ class OneOfSeveralCore(_Base):
             team.count(self.host.extract_batch_size(batch))
         if self._balance is not None:
             module: Any = self.lightning_module
-            self._balance.step_begins(module.trainer.fit_loop._combined_loader.flattened)
+            self._balance.step_begins(train_loaders(module.trainer))
 
     def on_validation_start(self) -> None:
         """A pass over validation data begins."""
@@ -228,7 +228,7 @@ class OneOfSeveralCore(_Base):
             team.check_manual()
         else:
             team.hold_sums()
-            if not module.trainer.fit_loop._should_accumulate():
+            if not accumulates(module.trainer):
                 team.before_step()
         if in_parts:
             team.check_in_parts()
@@ -259,7 +259,7 @@ class OneOfSeveralCore(_Base):
             plugin.backward(loss, module, *args, **kwargs)
         if automatic:
             team.release_norms()
-        if not automatic or not module.trainer.fit_loop._should_accumulate():
+        if not automatic or not accumulates(module.trainer):
             team.sum_gradients()
         loss = plugin.post_backward(loss, module)
         self.post_backward(loss)
@@ -271,7 +271,7 @@ class OneOfSeveralCore(_Base):
     def _listening(self) -> Team | None:
         """The processes, unless this one fails just now: the others do something else then."""
         module: Any = self.lightning_module
-        if self._team is None or module is None or module._trainer is None:
+        if self._team is None or module is None or not has_trainer(module):
             return self._team
         return None if module.trainer.state.status.value == "interrupted" else self._team
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -137,22 +136,9 @@ def _no_limits(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def quiet(tmp_path: Path) -> dict[str, Any]:
-    """Trainer options for a run that writes nothing but what the test asks for."""
-    return {
-        "default_root_dir": tmp_path,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-    }
-
-
-@pytest.fixture
-def plain(quiet: dict[str, Any]) -> MakeTrainer:
-    """A Trainer on the CPU, without this package's strategy."""
-    return lambda **options: pl.Trainer(**{**quiet, "accelerator": "cpu", "devices": 1, **options})
+def quiet(quiet: dict[str, Any]) -> dict[str, Any]:
+    """Trainer options for a short run that writes nothing but what the test asks for."""
+    return {**quiet, "max_epochs": 2}
 
 
 @pytest.fixture

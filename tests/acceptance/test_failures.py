@@ -232,6 +232,7 @@ def _usual_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, usual)
 
 
+@pytest.mark.feature("loops: KeyboardInterrupt")
 @pytest.mark.usefixtures("_usual_interrupts")
 @pytest.mark.parametrize("mode", ["forward", "step"])
 @pytest.mark.parametrize("place", ["forward", "backward", "training_step"])

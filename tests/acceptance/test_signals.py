@@ -126,7 +126,7 @@ def running(program: Path, root: Path, what: str) -> Iterator[subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
     )
-    watchdog = threading.Timer(50, process.kill)
+    watchdog = threading.Timer(120, process.kill)
     watchdog.start()
     try:
         yield process
@@ -167,6 +167,7 @@ def of_plain_lightning(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pa
     return ask
 
 
+@pytest.mark.feature("loops: signals")
 @pytest.mark.parametrize(
     ("what", "number"),
     [("forward", signal.SIGINT), ("forward", signal.SIGTERM), ("step", signal.SIGINT)],

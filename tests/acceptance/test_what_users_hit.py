@@ -439,6 +439,7 @@ def test_outputs_meet_the_labels_of_their_own_rows(mode: str, hetero: Any, devic
 # 16-20: what optimizers see
 
 
+@pytest.mark.feature("optimizers: gradient accumulation")
 @pytest.mark.parametrize("mode", ["forward", "step"])
 @pytest.mark.parametrize("accumulate", [1, 2, 8])
 def test_accumulation_of_gradients(accumulate: int, mode: str, fit_both: Any, devices: str) -> None:
@@ -454,6 +455,7 @@ def test_accumulation_of_gradients(accumulate: int, mode: str, fit_both: Any, de
     assert runs.difference <= ROUNDING
 
 
+@pytest.mark.feature("optimizers: gradient clipping by norm")
 @pytest.mark.parametrize("mode", ["forward", "step"])
 @pytest.mark.parametrize(("value", "kind"), [(0.05, "norm"), (0.01, "value")])
 def test_clipping_sees_the_gradients_of_all_devices(
@@ -500,6 +502,7 @@ def tokens() -> DataLoader[Any]:
     return DataLoader(torch.randint(11, (24, 6), generator=torch.Generator().manual_seed(1)), batch_size=8)  # type: ignore[arg-type]
 
 
+@pytest.mark.feature("modules: tied weights")
 @pytest.mark.parametrize("mode", ["forward", "step"])
 def test_tied_embeddings_stay_tied(mode: str, fit_both: Any, devices: str) -> None:
     """Six steps of AdamW, which divides by roots of gradients: rounding grows there."""
@@ -579,6 +582,7 @@ def test_frozen_stages(frozen: str, mode: str, fit_both: Any, devices: str) -> N
     assert all(runs.spread.net.get_submodule(f"l{digit}").weight.grad is None for digit in frozen)
 
 
+@pytest.mark.feature("modules: frozen layers, and layers that are not used")
 @pytest.mark.parametrize("mode", ["forward", "step"])
 def test_a_backbone_that_thaws_on_the_way(mode: str, fit_both: Any, devices: str) -> None:
     class Tuned(Classifier):
@@ -678,6 +682,7 @@ class Compiled(Classifier):
                 self.net[index].compile(backend=backend)  # type: ignore[index]
 
 
+@pytest.mark.feature("compile: torch.compile of submodules")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `time.thread_time.`")  # emulated pace
 @pytest.mark.parametrize("mode", ["forward", "step"])
@@ -723,6 +728,7 @@ class InBf16(nn.Module):
         return torch.tanh(y)
 
 
+@pytest.mark.feature("precision: bf16-mixed")
 @pytest.mark.parametrize("mode", ["forward", "step"])
 def test_mixed_precision_reaches_every_device(mode: str, fit_both: Any, devices: str) -> None:
     class Mixed(Classifier):

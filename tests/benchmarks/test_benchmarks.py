@@ -27,6 +27,23 @@ SHARED = {
 }
 FIGURES = {
     "auto.py": {"mlp_ratio", "convnet_ratio", "transformer_ratio", "noise_ratio", "cpu_only_devices"},
+    "checkpoints.py": {
+        "kills",
+        "lost",
+        "damaged_loaded",
+        "damaged_left",
+        "left_behind",
+        "lightning_kills",
+        "lightning_lost",
+        "lightning_damaged_left",
+        "flips",
+        "flips_loaded",
+        "lightning_flips_loaded",
+        "save_ratio",
+        "save_noise_ratio",
+        "load_ratio",
+        "verify_s_per_gb",
+    },
     "connected_overhead.py": {
         "plain_us",
         "noise_ratio",
@@ -45,6 +62,10 @@ FIGURES = {
         "sigterm_hangs",
         "sigterm_wrong_ends",
         "sigterm_exit_s_most",
+    },
+    "export.py": {
+        "cores",
+        *(f"{name}_{what}" for name in ("torch", "onnx") for what in ("pipelined_ratio", "noise_ratio", "rows_per_s")),
     },
     "prediction.py": {
         "emulated_step_error",

@@ -14,13 +14,13 @@ from lightning_hetero.cli import COMMANDS, main
 def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "lightning-hetero: unknown command 'trian'. Did you mean 'train'? Commands are train, devices.\n"
+        f"lightning-hetero: unknown command 'trian'. Did you mean 'train'? Commands are {', '.join(COMMANDS)}.\n"
     )
 
 
 def test_a_command_like_no_other_is_answered_with_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["xyz"]) == 2
-    assert capsys.readouterr().err == "lightning-hetero: unknown command 'xyz'. Commands are train, devices.\n"
+    assert capsys.readouterr().err == f"lightning-hetero: unknown command 'xyz'. Commands are {', '.join(COMMANDS)}.\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

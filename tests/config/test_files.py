@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,28 +12,31 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_hetero._conf import conf_dir
+from lightning_hetero.cli.requests import with_device_requests
 from lightning_hetero.config import SCHEMAS, check_groups
 
-PROGRAM = ["lightning-hetero", "train"]
 OURS = sorted(path for path in conf_dir().rglob("*.yaml") if path.parent.name != "hetero")
 GROUP_FILES = [path for path in OURS if path.parent != conf_dir()]
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str, command: str = "train") -> DictConfig:
+    words = with_device_requests(overrides)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", [*overrides])
+        return compose(command, [*words])  # the file in `conf/` that has the name of the command
 
 
-def commands(path: Path) -> Iterator[list[str]]:
-    """The arguments of every `lightning-hetero train` in the comment on top of a file."""
+def commands(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and arguments of every `lightning-hetero` in the comment on top of a file."""
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
             return
-        if line.startswith("#     lightning-hetero train"):
-            yield shlex.split(line.removeprefix("#"))[len(PROGRAM) :]
+        if line.startswith("#     lightning-hetero "):
+            _, command, *words = shlex.split(line.removeprefix("#"))
+            yield command, words
 
 
 def name_of(path: Path) -> str:
@@ -48,19 +52,23 @@ def test_every_file_of_a_group_composes(path: Path) -> None:
 def test_every_file_opens_with_commands_that_use_it_and_that_compose(path: Path) -> None:
     shown = [*commands(path)]
     assert shown
-    for words in shown:
+    for command, words in shown:
         # A sweep composes once for each of its values; the first stands for the others.
         sweep = words[:1] == ["-m"]
         first = [re.sub(r",\w+$", "", word) if sweep else word for word in words if word != "-m"]
-        check_groups(composed(*first))
+        cfg = composed(*first, command=command)
+        if command in ("train", "plan"):
+            check_groups(cfg)
     if path in GROUP_FILES:
-        assert any(f"{path.parent.name}={path.stem}" in words for words in shown) or path.parent.name == "trainer"
+        assert any(f"{path.parent.name}={path.stem}" in words for _, words in shown) or path.parent.name == "trainer"
 
 
 @pytest.mark.parametrize("path", GROUP_FILES, ids=name_of)
 def test_no_file_repeats_a_default_of_the_python_code(path: Path) -> None:
     if path.parent.name in ("data", "model"):
-        assert list(yaml.safe_load(path.read_text())) == ["_target_"]
+        given = yaml.safe_load(path.read_text())
+        defaults = inspect.signature(get_class(given.pop("_target_"))).parameters
+        assert all(defaults[name].default != value for name, value in given.items())
     if path.parent.name in ("devices", "placement", "schedule"):
         given = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "defaults"}
         plain = vars(SCHEMAS[path.parent.name]())
@@ -103,6 +111,7 @@ def test_the_groups_reach_the_strategy() -> None:
         "schedule": None,
         "rematerialize": False,
         "activation_checkpointing": None,
+        "compile": None,
         "batch_norm": "whole",
     }
 

@@ -208,25 +208,22 @@ def test_a_profiler_shows_the_tasks_of_workers_by_name(pair: MakePair, devices: 
 
     events = {event.name: event for event in profiler.events() or () if event.name.startswith("hetero/")}
     assert sorted(events) == sorted(
-        f"hetero/net.{index}/{op}{micro_batch}"
+        f"hetero/stage{index}/{op}{micro_batch}"
         for index in range(3)
         for op in "FB"
         for micro_batch in range(MICRO_BATCHES)
     )
-    threads = [events[f"hetero/net.{index}/F0"].thread for index in range(3)]
+    threads = [events[f"hetero/stage{index}/F0"].thread for index in range(3)]
     assert all(a != b for a, b in pairwise(sorted(threads)))
-    assert "aten::linear" in {child.name for child in events["hetero/net.1/F2"].cpu_children}
+    assert "aten::linear" in {child.name for child in events["hetero/stage1/F2"].cpu_children}
 
 
 def test_lightnings_profiler_shows_them_too(tmp_path: Path) -> None:
-    """Without names of modules: for them it puts hooks on every module, which would see parts of a batch."""
     profiler = PyTorchProfiler(
         tmp_path,
         "profile",
         export_to_chrome=False,
         row_limit=-1,
-        record_module_names=False,
-        experimental_config=_ExperimentalConfig(profile_all_threads=True),
     )
     strategy = HeteroStrategy(devices=EMULATED, placement="even", micro_batches=MICRO_BATCHES, verbose=False)
     trainer = pl.Trainer(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -21,7 +24,7 @@ def run(run_python: RunPython, name: str, *words: str, **environment: str) -> su
 
 def test_every_example_is_run_here_and_short() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
-    assert [path.name for path in files] == ["01_five_lines.py", "02_plain_pytorch.py", "03_device_map.py"]
+    assert {path.name for path in files} == set(re.findall(r'"(\d\d_\w+\.py)"', Path(__file__).read_text()))
     assert all(len(path.read_text().splitlines()) < 80 for path in files)
 
 
@@ -61,3 +64,42 @@ def test_device_map_under_a_limit_that_is_too_small_says_so(run_python: RunPytho
     assert "The map does not fit:" in ran.stderr
     assert "on 'small', which has 1.00 MiB" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_own_policy(run_python: RunPython) -> None:
+    printed = run(run_python, "04_own_policy.py").stdout
+    assert re.findall("^(near|far): ", printed, re.MULTILINE) == ["near", "far", "near"]  # the head is the embedding
+    fuller = run(run_python, "04_own_policy.py", "--full", "0.9").stdout
+    assert re.findall("^(near|far): ", fuller, re.MULTILINE) == ["near"]
+
+
+def test_what_happened(run_python: RunPython, tmp_path: Path) -> None:
+    printed = run(run_python, "05_what_happened.py", "--folder", str(tmp_path)).stdout
+    assert re.search(r"emulated:0 .*F.*B", printed), printed
+    assert json.loads((tmp_path / "step.json").read_text())["traceEvents"]
+    assert "hetero/bubble_share" in next(tmp_path.rglob("metrics.csv")).read_text()
+
+
+def test_fabric(run_python: RunPython) -> None:
+    spread = run(run_python, "06_fabric.py", HETERO_DEVICES="cpu@speed=1,cpu@speed=1", HETERO_PLACEMENT="even").stdout
+    assert "emulated:1" in spread
+    accuracy = re.search(r"accuracy (\d\.\d+)", spread)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.9
+
+
+def test_notebook(tmp_path: Path) -> None:
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("torch.Size([1, 10])" in output.get("text", "") for output in outputs)
+
+
+def test_export(run_python: RunPython) -> None:
+    printed = run(run_python, "07_export.py", CI="true").stdout  # OpenVINO reports nothing home then
+    assert re.findall(r"^stage\d: emulated:\d -> (\w+)", printed, re.MULTILINE) == ["onnx", "openvino", "torch"]
+    difference, chain, alone = re.search(  # type: ignore[union-attr]
+        r"largest difference (\S+)\naccuracy (\S+), of the model itself (\S+)", printed
+    ).groups()
+    assert float(difference) < 1e-5
+    assert chain == alone

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
 from lightning_hetero.testing.accelerator import EmulatedAccelerator
 
@@ -40,6 +42,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.feature("checkpoints: resuming in plain Lightning, and back")
 def test_a_run_goes_on_where_the_package_is_not_installed_and_comes_back(
     project: Callable[[str], ModuleType], run_python: RunPython, tmp_path: Path, accelerator: EmulatedAccelerator
 ) -> None:

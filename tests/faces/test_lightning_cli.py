@@ -46,6 +46,7 @@ def fit(namespace: str, project: Callable[[str], ModuleType], tmp_path: Path, mo
     return run
 
 
+@pytest.mark.feature("programs: LightningCLI")
 def test_strategy_and_accelerator_by_name(fit: Fit, accelerator: EmulatedAccelerator) -> None:
     devices = f"cpu,{accelerator.devices[1]}"
     trainer = fit("--trainer.strategy=hetero", "--trainer.accelerator=hetero", f"--trainer.devices={devices}")
@@ -67,6 +68,7 @@ def test_strategy_by_class_with_arguments_of_its_own(
     assert trainer.strategy.inventory["cpu"].memory_bytes == 1 << 30
 
 
+@pytest.mark.feature("programs: LightningCLI")
 def test_strategy_in_a_file(fit: Fit, namespace: str, accelerator: EmulatedAccelerator, tmp_path: Path) -> None:
     devices = {accelerator.devices[0]: "1GiB", "cpu": None}
     strategy = {"class_path": CLASSES[namespace], "init_args": {"devices": devices, "placement": "even"}}
@@ -76,6 +78,7 @@ def test_strategy_in_a_file(fit: Fit, namespace: str, accelerator: EmulatedAccel
     assert [stage.device for stage in trainer.strategy.plan.stages] == [*devices]
 
 
+@pytest.mark.feature("guards: unknown arguments of HeteroStrategy", "refused")
 @pytest.mark.parametrize("namespace", ["lightning.pytorch"], indirect=True)
 def test_a_misspelt_argument_is_refused_by_name(fit: Fit, namespace: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

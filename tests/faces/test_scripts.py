@@ -23,6 +23,7 @@ def spread_runs(ran: subprocess.CompletedProcess[str]) -> int:
     return ran.stdout.count("Plan by policy 'even'")
 
 
+@pytest.mark.feature("programs: PL_TRAINER_STRATEGY=hetero, without a change of code")
 def test_an_environment_variable_spreads_a_script_as_it_stands(
     namespace: str, project: Project, run_python: RunPython
 ) -> None:

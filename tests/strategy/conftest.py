@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,24 +18,6 @@ MakeTrainer = Callable[..., pl.Trainer]
 def _no_limits(accelerator: EmulatedAccelerator) -> Iterator[None]:
     yield
     accelerator.reset()
-
-
-@pytest.fixture
-def quiet(tmp_path: Path) -> dict[str, Any]:
-    """Trainer options for a run that writes nothing but what the test asks for."""
-    return {
-        "default_root_dir": tmp_path,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-
-
-@pytest.fixture
-def plain(quiet: dict[str, Any]) -> MakeTrainer:
-    """A Trainer on the CPU, without this package's strategy."""
-    return lambda **options: pl.Trainer(**{**quiet, "accelerator": "cpu", "devices": 1, "max_epochs": 2, **options})
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ def devices_in(obj: Any) -> set[str]:
     return set().union(*map(devices_in, values))
 
 
+@pytest.mark.feature("checkpoints: resuming under another placement")
 @pytest.mark.parametrize("first", PLACES)
 @pytest.mark.parametrize("second", PLACES)
 @pytest.mark.parametrize("name", ["tied_transformer", "convnet"])
@@ -48,6 +49,7 @@ def test_a_run_resumes_under_any_other_placement_with_equal_losses(
     assert difference(resumed, whole) < 1e-8
 
 
+@pytest.mark.feature("checkpoints: tensors of the CPU only")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_written_in_the_middle_of_a_run_names_no_device(hetero: Any, plain: Any, tmp_path: Path) -> None:
     keeper = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=5, save_top_k=-1)

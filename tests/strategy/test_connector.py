@@ -46,6 +46,7 @@ def test_the_strategy_wins_over_the_trainer(quiet: dict[str, Any], accelerator: 
     )
 
 
+@pytest.mark.feature("programs: PL_TRAINER_STRATEGY=hetero, without a change of code")
 def test_the_environment_gives_the_plain_name_its_options(
     quiet: dict[str, Any], accelerator: EmulatedAccelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +69,10 @@ def test_lightnings_accelerator_is_kept_where_it_serves_the_root(
     assert str(elsewhere.strategy.root_device) == accelerator.devices[0]
 
 
+@pytest.mark.feature(
+    "loops: trainer.num_devices and trainer.world_size",
+    note="Those of one device; of all processes, if there are several.",
+)
 def test_to_lightning_the_strategy_has_one_device(quiet: dict[str, Any]) -> None:
     trainer = pl.Trainer(**quiet, strategy="hetero")
     assert (trainer.num_devices, trainer.world_size, trainer.num_nodes) == (1, 1, 1)
@@ -75,6 +80,7 @@ def test_to_lightning_the_strategy_has_one_device(quiet: dict[str, Any]) -> None
     assert trainer.strategy.parallel_devices is None
 
 
+@pytest.mark.feature("guards: one HeteroStrategy object in one run after the other")
 def test_one_strategy_serves_several_trainers(quiet: dict[str, Any]) -> None:
     strategy = HeteroStrategy(devices="cpu")
     for _ in range(2):
@@ -88,6 +94,7 @@ def test_memory_limits_are_kept(quiet: dict[str, Any]) -> None:
         pl.Trainer(**quiet, strategy=HeteroStrategy(devices="cpu", memory={"gpu:7": "1GiB"}))
 
 
+@pytest.mark.feature("programs: pytorch_lightning and lightning.pytorch")
 def test_the_other_namespace_has_the_same_strategy(quiet: dict[str, Any]) -> None:
     import pytorch_lightning
 

@@ -25,6 +25,7 @@ from lightning_hetero.testing.accelerator import EmulatedAccelerator
 from lightning_hetero.testing.lightning_module import Classifier, data, difference
 
 
+@pytest.mark.feature("modules: self.device", note="The root device, in every hook.")
 def test_self_device_is_the_root_in_every_hook_and_afterwards_the_cpu(
     hetero: Any, accelerator: EmulatedAccelerator
 ) -> None:
@@ -60,6 +61,7 @@ def test_self_device_is_the_root_in_every_hook_and_afterwards_the_cpu(
     assert str(model.device) == "cpu"
 
 
+@pytest.mark.feature("modules: trainer.init_module and configure_model")
 def test_modules_are_built_on_the_cpu_not_whole_on_the_root(hetero: Any, accelerator: EmulatedAccelerator) -> None:
     class Late(Classifier):
         def configure_model(self) -> None:
@@ -75,6 +77,7 @@ def test_modules_are_built_on_the_cpu_not_whole_on_the_root(hetero: Any, acceler
     assert "late" in trainer.strategy.plan.device_of
 
 
+@pytest.mark.feature("guards: moving modules in hooks")
 def test_a_move_during_fit_is_ignored_and_self_device_stays(hetero: Any, plain: Any) -> None:
     class Moves(Classifier):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -89,6 +92,7 @@ def test_a_move_during_fit_is_ignored_and_self_device_stays(hetero: Any, plain: 
     assert difference(alone, spread) == 0.0
 
 
+@pytest.mark.feature("modules: torchmetrics", note="On the root device.")
 def test_metrics_live_on_the_root(hetero: Any, plain: Any) -> None:
     import torchmetrics
 
@@ -160,6 +164,7 @@ def test_the_example_input_of_a_summary_runs_on_the_placed_model(hetero: Any) ->
     hetero(callbacks=[ModelSummary(max_depth=3)], max_epochs=1).fit(WithExample(), data())
 
 
+@pytest.mark.feature("loops: exceptions of user code", note="As they were raised; everything is gathered on the CPU.")
 def test_an_exception_in_the_users_step_is_the_one_that_the_user_sees(hetero: Any, plain: Any) -> None:
     class Fails(Classifier):
         fails = True
@@ -181,6 +186,7 @@ def test_an_exception_in_the_users_step_is_the_one_that_the_user_sees(hetero: An
     assert difference(alone, model) == 0.0
 
 
+@pytest.mark.feature("loops: inference mode in sanity check and validation")
 def test_weights_used_in_validation_can_be_trained_afterwards(hetero: Any, plain: Any) -> None:
     results = []
     for make in (plain, hetero):
@@ -190,6 +196,7 @@ def test_weights_used_in_validation_can_be_trained_afterwards(hetero: Any, plain
     assert difference(*results) == 0.0
 
 
+@pytest.mark.feature("modules: torch.utils.checkpoint")
 def test_activation_checkpointing_inside_and_across_units(hetero: Any, plain: Any) -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -208,6 +215,7 @@ def test_activation_checkpointing_inside_and_across_units(hetero: Any, plain: An
     assert difference(*results) == 0.0
 
 
+@pytest.mark.feature("modules: gradients of gradients")
 def test_double_backward_through_borders(hetero: Any, plain: Any) -> None:
     class Penalised(Classifier):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -224,6 +232,7 @@ def test_double_backward_through_borders(hetero: Any, plain: Any) -> None:
     assert difference(*results) < 1e-14
 
 
+@pytest.mark.feature("modules: user code that mixes weights of several devices")
 def test_user_code_may_read_weights_directly(hetero: Any, plain: Any) -> None:
     class Reads(Classifier):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -243,6 +252,7 @@ def test_user_code_may_read_weights_directly(hetero: Any, plain: Any) -> None:
     assert difference(*results) < 1e-14
 
 
+@pytest.mark.feature("compile: torch.compile of submodules")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 def test_submodules_may_be_compiled(hetero: Any, plain: Any) -> None:
     class Compiled(Classifier):
@@ -260,6 +270,7 @@ def test_submodules_may_be_compiled(hetero: Any, plain: Any) -> None:
     assert "net.second" in trainer.strategy.plan.device_of
 
 
+@pytest.mark.feature("compile: TorchScript submodules")
 def test_scripted_submodules_are_units(hetero: Any, plain: Any) -> None:
     class Scripted(Classifier):
         def __init__(self) -> None:
@@ -274,6 +285,7 @@ def test_scripted_submodules_are_units(hetero: Any, plain: Any) -> None:
     assert difference(*results) == 0.0
 
 
+@pytest.mark.feature("modules: spread over devices by the user", note="Left as placed.")
 def test_a_model_that_the_user_spread_over_devices_is_left_where_it_is(
     hetero: Any, accelerator: EmulatedAccelerator
 ) -> None:
@@ -292,6 +304,7 @@ def test_a_model_that_the_user_spread_over_devices_is_left_where_it_is(
     assert "left there" in trainer.strategy.plan.notes[0]
 
 
+@pytest.mark.feature("modules: with hf_device_map", note="Left as placed.")
 def test_modules_that_accelerate_has_spread_are_left_alone(hetero: Any, accelerator: EmulatedAccelerator) -> None:
     class Foreign(nn.Module):
         def __init__(self) -> None:
@@ -352,6 +365,7 @@ def test_the_learning_rate_finder_leaves_the_model_as_it_was(hetero: Any, plain:
     assert difference(results[0][0], results[1][0]) == 0.0
 
 
+@pytest.mark.feature("modules: deepcopy and pickle of HeteroStrategy")
 def test_the_strategy_can_be_copied_and_pickled_before_and_after_a_run(hetero: Any, quiet: dict[str, Any]) -> None:
     strategy = HeteroStrategy(placement="even", verbose=False)
     for twin in (copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
@@ -362,6 +376,7 @@ def test_the_strategy_can_be_copied_and_pickled_before_and_after_a_run(hetero: A
         copy.deepcopy(trainer.strategy)
 
 
+@pytest.mark.feature("modules: losses with buffers")
 def test_parameter_free_modules_and_losses_train(hetero: Any, plain: Any) -> None:
     class Weighted(Classifier):
         def __init__(self) -> None:
@@ -380,6 +395,7 @@ def test_parameter_free_modules_and_losses_train(hetero: Any, plain: Any) -> Non
     assert difference(*results) == 0.0
 
 
+@pytest.mark.feature("modules: without parameters")
 def test_a_module_without_parameters_can_predict(hetero: Any) -> None:
     class Bare(pl.LightningModule):
         def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

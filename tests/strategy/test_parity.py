@@ -46,6 +46,7 @@ def test_every_policy_gives_the_numbers_of_one_device(placement: Any, plain: Any
     assert spread.losses == alone.losses
 
 
+@pytest.mark.feature("loops: fit, validate, test and predict, one after the other, and fit again")
 def test_validation_test_and_prediction_equal_those_of_one_device(plain: Any, hetero: Any) -> None:
     results = []
     for make in (plain, hetero):
@@ -97,6 +98,7 @@ class Gan(pl.LightningModule):
         ]
 
 
+@pytest.mark.feature("optimizers: several, toggled, with clipping and schedulers")
 @pytest.mark.parametrize("rotation", range(3))
 def test_a_gan_with_manual_optimization_trains_as_on_one_device(
     rotation: int, plain: Any, hetero: Any, accelerator: EmulatedAccelerator
@@ -125,6 +127,7 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.feature("optimizers: every optimizer of torch.optim, also foreach and fused")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_of_torch_trains_as_on_one_device(name: str, plain: Any, hetero: Any) -> None:
     alone, spread = Classifier("mlp", OPTIMIZERS[name]), Classifier("mlp", OPTIMIZERS[name])
@@ -134,6 +137,7 @@ def test_every_optimizer_of_torch_trains_as_on_one_device(name: str, plain: Any,
     assert difference(alone, spread) <= 1e-15
 
 
+@pytest.mark.feature("optimizers: made in the constructor of the module")
 def test_an_optimizer_made_in_the_constructor_trains_the_placed_model(plain: Any, hetero: Any) -> None:
     class Early(Classifier):
         def __init__(self) -> None:
@@ -150,6 +154,7 @@ def test_an_optimizer_made_in_the_constructor_trains_the_placed_model(plain: Any
         assert difference(alone, spread) == 0.0
 
 
+@pytest.mark.feature("loops: fit again under another placement")
 @pytest.mark.parametrize("placements", list(itertools.permutations(["even", "round_robin", "single"], 2)))
 def test_fit_again_with_another_placement_goes_on_where_it_was(
     placements: tuple[str, str], plain: Any, hetero: Any

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.testing.accelerator import EmulatedAccelerator
 from lightning_hetero.testing.lightning_module import Classifier, data, difference
 
@@ -30,10 +29,10 @@ class Records(Classifier):
 @pytest.mark.parametrize(
     ("precision", "dtype"),
     [
-        ("64-true", torch.float64),
-        ("32-true", torch.float32),
-        ("bf16-true", torch.bfloat16),
-        ("bf16-mixed", torch.bfloat16),
+        pytest.param("64-true", torch.float64, marks=pytest.mark.feature("precision: 64-true")),
+        pytest.param("32-true", torch.float32, marks=pytest.mark.feature("precision: 32-true")),
+        pytest.param("bf16-true", torch.bfloat16, marks=pytest.mark.feature("precision: bf16-true")),
+        pytest.param("bf16-mixed", torch.bfloat16, marks=pytest.mark.feature("precision: bf16-mixed")),
     ],
 )
 def test_every_layer_computes_in_the_dtype_that_was_asked_for(
@@ -59,10 +58,3 @@ def test_bf16_mixed_on_the_hetero_accelerator_is_not_silently_float32(
     )
     trainer.fit(model, data())
     assert set(model.dtypes.values()) == {torch.bfloat16}
-
-
-@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
-def test_scaled_gradients_over_two_kinds_of_devices_are_refused(hetero: Any, accelerator: EmulatedAccelerator) -> None:
-    trainer = hetero(devices=[accelerator.devices[0], "cpu"], accelerator="hetero", precision="16-mixed")
-    with pytest.raises(UnsupportedError, match=r"scales gradients, which is not safe over dev and cpu"):
-        trainer.fit(Records(), data())

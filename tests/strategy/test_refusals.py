@@ -24,6 +24,7 @@ from lightning_hetero.testing.accelerator import EmulatedAccelerator
 from lightning_hetero.testing.lightning_module import Classifier, data
 
 
+@pytest.mark.feature("optimizers: LBFGS over several devices", "refused", "With placement='single' it works.")
 def test_lbfgs_over_several_devices(hetero: Any) -> None:
     model = Classifier("mlp", lambda p: torch.optim.LBFGS(p))
     with pytest.raises(UnsupportedError, match=r"LBFGS joins all parameters into one vector.*placement='single'"):
@@ -37,18 +38,23 @@ def test_lbfgs_on_one_device_works(hetero: Any) -> None:
     assert model.losses
 
 
+@pytest.mark.feature("optimizers: capturable=True with parameters on the CPU", "refused")
 def test_capturable_optimizers_with_parameters_on_the_cpu(hetero: Any) -> None:
     model = Classifier("mlp", lambda p: torch.optim.Adam(p, capturable=True))
     with pytest.raises(UnsupportedError, match=r"Adam\(capturable=True\) is for CUDA graphs"):
         hetero().fit(model, data())
 
 
+@pytest.mark.feature("callbacks: ModelPruning over all layers at once", "refused", "Layer by layer it works.")
 def test_global_pruning(hetero: Any) -> None:
     pruning = ModelPruning("l1_unstructured", use_global_unstructured=True, amount=0.3)
     with pytest.raises(UnsupportedError, match=r"Set use_global_unstructured=False"):
         hetero(callbacks=[pruning]).fit(Classifier(), data())
 
 
+@pytest.mark.feature(
+    "devices: models larger than all of them", "refused", "With a table of what is needed and what there is."
+)
 def test_a_plan_that_does_not_fit_is_refused_before_training_with_a_table(hetero: Any) -> None:
     model = Classifier()
     with pytest.raises(InfeasiblePlanError, match=r"(?s)needed +limit.*too much"):
@@ -67,6 +73,7 @@ def test_the_state_of_the_real_optimizer_decides_not_that_of_adam(hetero: Any) -
         hetero(devices="cpu", placement="auto", strategy=limits).fit(Classifier(), data())
 
 
+@pytest.mark.feature("devices: models larger than each of them")
 def test_a_model_larger_than_any_device_trains_on_several(
     hetero: Any, plain: Any, accelerator: EmulatedAccelerator
 ) -> None:
@@ -79,17 +86,20 @@ def test_a_model_larger_than_any_device_trains_on_several(
     assert spread.losses == alone.losses
 
 
+@pytest.mark.feature("guards: num_nodes without a launcher", "refused", "torchrun and SLURM work.")
 def test_several_nodes_without_a_launcher(quiet: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"Trainer\(num_nodes=2, strategy='hetero'\).*the only process.*torchrun"):
         pl.Trainer(**quiet, strategy="hetero", num_nodes=2)
 
 
+@pytest.mark.feature("guards: processes of an unknown launcher", "refused")
 def test_several_processes_of_an_unknown_launcher(quiet: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=r"WORLD_SIZE=2.*no launcher.*cannot find each other.*torchrun"):
         pl.Trainer(**quiet, strategy="hetero")
 
 
+@pytest.mark.feature("guards: accelerator='hetero' without the strategy", "refused")
 def test_the_accelerator_without_the_strategy(quiet: dict[str, Any], accelerator: EmulatedAccelerator) -> None:
     for devices in ("cpu", ["cpu", accelerator.devices[0]]):
         trainer = pl.Trainer(**quiet, accelerator="hetero", devices=devices, max_epochs=1)
@@ -97,6 +107,7 @@ def test_the_accelerator_without_the_strategy(quiet: dict[str, Any], accelerator
             trainer.fit(Classifier(), data())
 
 
+@pytest.mark.feature("guards: unknown policies and plan files", "refused")
 def test_unknown_devices_policies_and_files(quiet: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(PlacementError, match="unknown placement policy 'fastest'"):
         HeteroStrategy(placement="fastest")
@@ -111,6 +122,7 @@ def test_unknown_devices_policies_and_files(quiet: dict[str, Any], tmp_path: Pat
         trainer.fit(Classifier(), data())
 
 
+@pytest.mark.feature("guards: plan files of another model or of other devices", "refused")
 def test_a_plan_of_another_model_or_other_devices(hetero: Any, tmp_path: Path) -> None:
     trainer = hetero(max_epochs=1)
     trainer.fit(Classifier(), data())
@@ -122,6 +134,7 @@ def test_a_plan_of_another_model_or_other_devices(hetero: Any, tmp_path: Path) -
         hetero(devices="cpu", strategy={"plan": path}).fit(Classifier(), data())
 
 
+@pytest.mark.feature("modules: parameters on the meta device", "refused")
 def test_parameters_without_values(hetero: Any) -> None:
     class Meta(Classifier):
         def __init__(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_hetero.testing.policies  # noqa: F401  (registers round_robin)
-from lightning_hetero import InfeasiblePlanError, ModelParallel, ModelParallelConfig, UnsupportedError
+from lightning_hetero import InfeasiblePlanError, ModelParallel, ModelParallelConfig
 from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
 from lightning_hetero.testing.lightning_module import Classifier, data, difference
 from lightning_hetero.testing.models import MODELS
@@ -70,6 +70,9 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.mark.feature(
+    "devices: CUDA devices, alone and with the CPU", "not verified", "No machine with one ran the tests."
+)
 @pytest.mark.parametrize("places", PLACES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_float64_over_both_gives_the_numbers_of_each_alone(name: str, places: list[str], trainer: MakeTrainer) -> None:
@@ -207,9 +210,23 @@ def test_bf16_mixed_computes_in_bf16_on_both(trainer: MakeTrainer) -> None:
     assert model.computed == {("cuda", torch.bfloat16), ("cpu", torch.bfloat16)}
 
 
-def test_scaled_gradients_over_both_are_refused(trainer: MakeTrainer) -> None:
-    with pytest.raises(UnsupportedError, match=r"scales gradients, which is not safe over cuda and cpu"):
-        trainer([GPU, "cpu"], precision="16-mixed").fit(Single("mlp"), data())
+@pytest.mark.feature("precision: 16-mixed over CUDA devices and the CPU", "not verified", "needs a CUDA device")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("layer", ["first", "second"])  # one on each device
+def test_infinite_gradients_on_either_leave_the_step_out(layer: str, fused: bool, trainer: MakeTrainer) -> None:
+    class Overflows(Single):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 3:
+                loss = loss + getattr(self.net, layer).bias.to(loss.device).sum() * 1e38 * 1e38
+            return loss
+
+    model = Overflows("mlp")
+    model.make_optimizer = lambda parameters: torch.optim.Adam(parameters, lr=1e-2, fused=fused)
+    run = trainer([GPU, "cpu"], precision="16-mixed")
+    run.fit(model, data())
+    assert {parameter.isfinite().all().item() for parameter in model.parameters()} == {True}
+    assert run.precision_plugin.scaler.get_scale() == 2.0**14  # from 2 ** 16, halved in each of two epochs
 
 
 @pytest.mark.parametrize("torchscript", [False, True])

@@ -133,7 +133,7 @@ class UnitCall:
             raise CannotCutError("a gradient inside of it is differentiated again (create_graph=True)")
         worker = self.unit.worker
         place = call.place("B", self.unit, lane)
-        task = Task("B", self.unit.name, lane.index, partial(self._backward, lane, given))
+        task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, given))
         if worker.takes_help and is_plain():
             self._result = partial(worker.help, place, call.number, task)
         else:
@@ -259,7 +259,7 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
     worker = unit.worker
     helps = worker.takes_help
     run = partial(run_here if helps else ThreadState(call.device_types).run, work)
-    task = Task("F", unit.name, lane.index, run)
+    task = Task("F", unit.name, unit.stage, lane.index, run)
     place = call.place("F", unit, lane)
     with lane.stream.paused() if lane.stream is not None else _NOTHING, call.in_order(lane, unit):
         output = worker.help(place, call.number, task) if helps else worker.submit(place, call.number, task).get()

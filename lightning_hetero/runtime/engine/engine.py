@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hetero.runtime.compiled import is_compiled
 from lightning_hetero.runtime.emulate import Pace
 from lightning_hetero.runtime.engine import faults
 from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
@@ -129,7 +131,7 @@ class Engine:
         self._seats: list[Seat] = []
         self._copies = {worker.device: Copies(worker.torch_device) for worker in self._workers.values()}
         self._paces = paces
-        compiled = [split.name or type(split.module).__name__ for split in layout.splits if _is_compiled(split.module)]
+        compiled = [split.name or type(split.module).__name__ for split in layout.splits if is_compiled(split.module)]
         if compiled:
             reason = f"{compiled[0]} is not cut into micro-batches, because torch.compile has made one piece of it"
             self.note(reason, "Compile its parts instead.")
@@ -146,6 +148,8 @@ class Engine:
             for worker in self._workers.values():
                 worker.start()
             self._pool = LanePool(self.micro_batches)
+            end = weakref.finalize(self, _dismiss, self._pool, tuple(self._workers.values()))
+            end.atexit = False
             # A thread that sets its number of threads sets that of every thread to come, ours aside.
             torch.set_num_threads(threads)
         return self._pool
@@ -527,14 +531,16 @@ class Engine:
         return tuple(links)
 
 
+def _dismiss(pool: LanePool, workers: Sequence[Worker]) -> None:
+    """End the threads of an engine that is gone without `close`. Whose thread this is nobody knows, so do not wait."""
+    pool.dismiss()
+    for worker in workers:
+        worker.stop()
+
+
 class _Local(threading.local):
     trial: Watch | None = None
     is_inline = False
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile would trace through calls of placed modules."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _not_now() -> str | None:

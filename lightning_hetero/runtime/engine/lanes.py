@@ -125,10 +125,14 @@ class LanePool:
         """Run `job`, which must not raise."""
         self._jobs.put(job)
 
-    def close(self, timeout_s: float) -> bool:
-        """End the threads. Returns whether all of them ended in time, which they share."""
+    def dismiss(self) -> None:
+        """Let the threads end once their jobs are done."""
         for _ in self._threads:
             self._jobs.put(None)
+
+    def close(self, timeout_s: float) -> bool:
+        """End the threads. Returns whether all of them ended in time, which they share."""
+        self.dismiss()
         end_s = monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, end_s - monotonic()))

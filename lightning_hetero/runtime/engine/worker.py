@@ -67,12 +67,14 @@ class Task(NamedTuple):
     Attributes:
         op: "F" for a forward, "B" for a backward.
         unit: Name of the unit, for records and messages.
+        stage: Index of its stage.
         lane: Its micro-batch.
         run: The work.
     """
 
     op: Op
     unit: str
+    stage: int
     lane: int
     run: Callable[[], Any]
 
@@ -179,7 +181,7 @@ class Worker(threading.Thread):
             del begun, task, future, result, error  # a waiting thread must not keep the last result alive
 
     def _run_one(self, task: Task) -> Any:
-        op, unit, lane, run = task
+        op, unit, _, lane, run = task
         self.busy_with = (op, unit, lane)
         frames.begin_micro_batch(lane)
         records = self._recorder.records
@@ -197,8 +199,8 @@ class Worker(threading.Thread):
 
 
 def _labelled(task: Task) -> Any:
-    """Run a task under a name that profilers of all threads show, such as `hetero/net.0/F3`."""
-    with profiler.record_function(f"hetero/{task.unit}/{task.op}{task.lane}"):
+    """Run a task under a name that profilers of all threads show, such as `hetero/stage1/F3`, with its unit."""
+    with profiler.record_function(f"hetero/stage{task.stage}/{task.op}{task.lane}", task.unit):
         return task.run()
 
 

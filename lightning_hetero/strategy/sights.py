@@ -1,0 +1,32 @@
+"""Lets what Lightning tells about a run be about all of its devices."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from lightning_hetero.strategy.device_stats import StatsOfAllDevices
+from lightning_hetero.strategy.profiling import ThreadsInProfile
+from lightning_hetero.strategy.summary import DevicesInSummary
+
+
+class Sights:
+    """While they are open, Lightning's summary, device monitor and torch profiler see all devices.
+
+    Args:
+        trainer: Whose callbacks and profiler these are.
+        strategy: A HeteroStrategy, which has set up a run.
+    """
+
+    def __init__(self, trainer: Any, strategy: Any) -> None:
+        plan = partial(getattr, strategy, "plan")  # which may change between two steps
+        self._parts = (
+            DevicesInSummary(trainer.callbacks, plan),
+            StatsOfAllDevices(strategy.accelerator, trainer.callbacks, plan, strategy.host.cpu_stats),
+            ThreadsInProfile(trainer.profiler, plan()),
+        )
+
+    def close(self) -> None:
+        """Leave callbacks, accelerator and profiler as they were."""
+        for part in self._parts:
+            part.close()
