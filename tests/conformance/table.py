@@ -29,6 +29,7 @@ GROUPS = (
     "processes",
     "Fabric",
     "programs",
+    "asked for",
     "guards",
     "devices",
 )

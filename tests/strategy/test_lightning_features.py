@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from pathlib import Path
 from typing import Any
@@ -341,7 +342,8 @@ def test_the_batch_size_finder_understands_out_of_memory_of_any_device(
         def train_dataloader(self) -> Any:
             return data(rows=512, batch_size=self.batch_size)
 
-    accelerator.configure(0, cap_bytes=60_000)
+    gc.collect()
+    accelerator.configure(0, cap_bytes=accelerator.stats(0).used_bytes + 60_000)  # others may keep something there
     model = Sized()
     trainer = hetero(devices=["cpu", accelerator.devices[0]], max_epochs=1, limit_val_batches=0)
     size = Tuner(trainer).scale_batch_size(model, mode="power", steps_per_trial=1, max_trials=8)
