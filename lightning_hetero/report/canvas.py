@@ -24,7 +24,7 @@ WIDTH_IN = 10.0
 ROW_IN = 0.36
 """Height of the row of one device, in inches."""
 POINTS = 72.0
-_NAME_LENGTH = 32
+_NAME_LENGTH = 48
 _SUFFIXES = (".png", ".svg")
 _DPI = 110
 _PER_LINE = 6  # paints explained in one line of a legend
