@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_hetero.errors import TargetError, UsageError
-from lightning_hetero.report.theme import Paint, Theme
+from lightning_hetero.report.theme import PAGE_FOREGROUND, Paint, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +29,16 @@ _SUFFIXES = (".png", ".svg")
 _DPI = 110
 _PER_LINE = 6  # paints explained in one line of a legend
 _SETTINGS = {"svg.hashsalt": "lightning_hetero", "hatch.linewidth": 0.6, "font.size": SIZE}
+
+
+def require_matplotlib() -> None:
+    """Say early that pictures cannot be drawn here.
+
+    Raises:
+        TargetError: matplotlib is not installed.
+    """
+    with settings():
+        pass
 
 
 @contextmanager
@@ -207,16 +217,14 @@ def as_svg(figure: Figure, prefix: str, label: str) -> str:
         prefix: Of its ids; different for every figure of a page.
         label: What it shows, for people who do not see it; escaped already.
     """
-    from lightning_hetero.report.theme import PAGE_FOREGROUND
-
     file = StringIO()
     with settings():
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    text = text.replace(PAGE_FOREGROUND, "currentColor")
-    return re.sub(
-        r"<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1
-    )
+    head, _, body = text.replace(PAGE_FOREGROUND, "currentColor").partition(">")
+    view = re.search(r'viewBox="([^"]*)"', head)
+    assert view is not None  # matplotlib always writes one
+    return f'<svg viewBox="{view[1]}" role="img" aria-label="{label}">{body}'

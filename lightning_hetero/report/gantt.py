@@ -88,8 +88,9 @@ def _in_short(timeline: Timeline) -> str:
 def _rows(axes: Axes, timeline: Timeline, devices: Sequence[str], scale: float, room_in: float, theme: Theme) -> None:
     whole = axes.get_xlim()[1]
     per_in = whole / room_in
+    zero_s, makespan_s = timeline.start_s, timeline.makespan_s  # each of them looks at all spans
     for row, device in enumerate(devices):
-        axes.broken_barh([(0, timeline.makespan_s / scale)], (row + _WORK[0], _WORK[1]), facecolor=theme.idle)
+        axes.broken_barh([(0, makespan_s / scale)], (row + _WORK[0], _WORK[1]), facecolor=theme.idle)
         work = timeline.work_of(device)
         moves = [span for span in timeline.spans if span.device == device and span.op == TRANSFER]
         for spans, (offset, height) in ((moves, _MOVES), (work, _WORK)):
@@ -98,7 +99,7 @@ def _rows(axes: Axes, timeline: Timeline, devices: Sequence[str], scale: float, 
                 axes.broken_barh(
                     [
                         (
-                            (span.start_s - timeline.start_s) / scale,
+                            (span.start_s - zero_s) / scale,
                             max(span.duration_s / scale, _NARROWEST_IN * per_in),
                         )
                         for span in group
@@ -111,7 +112,7 @@ def _rows(axes: Axes, timeline: Timeline, devices: Sequence[str], scale: float, 
                 )
         several = len({span.stage for span in work} - {None}) > 1
         for span in work:
-            _number(axes, span, (span.start_s - timeline.start_s) / scale, scale, per_in, row, several)
+            _number(axes, span, (span.start_s - zero_s) / scale, scale, per_in, row, several)
 
 
 def _groups(spans: Iterable[Span], scale: float, per_in: float) -> dict[tuple[str, bool], list[Span]]:

@@ -28,11 +28,11 @@ def utilisation(timeline: Timeline, *, theme: str | Theme = "light") -> Figure:
     work = {device: timeline.work_of(device) for device in timeline.devices}
     found = {span.op for spans in work.values() for span in spans}
     ops = [*(op for op in OPS if op in found), *sorted(found - {*OPS})]
-    whole_s = timeline.makespan_s or 1.0
+    whole_s, shares = timeline.makespan_s or 1.0, timeline.utilisation
     bars = [
         Bar(
             device,
-            f"{100 * timeline.utilisation[device]:.0f} %",
+            f"{100 * shares[device]:.0f} %",
             {op: math.fsum(span.duration_s for span in spans if span.op == op) / whole_s for op in ops},
         )
         for device, spans in work.items()
