@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import get_args
 
 from lightning_hetero.devices import INVENTORY_HEADER, Inventory, inventory_rows
 from lightning_hetero.errors import UsageError
@@ -18,7 +19,7 @@ from lightning_hetero.report.memory import memory_bars
 from lightning_hetero.report.page import bullets, code, folded, heading, page, paragraph, picture, table
 from lightning_hetero.report.partition import partition_svg
 from lightning_hetero.report.utilisation import utilisation
-from lightning_hetero.schedule import Timeline
+from lightning_hetero.schedule import Op, Timeline
 
 LIMIT_BYTES = 10_000_000
 """No page is larger; the plan as text is left out of one that would be."""
@@ -137,11 +138,7 @@ def _step(predicted: Timeline | None, measured: Timeline | None) -> Iterator[str
     yield heading("A step")
     shapes = sum(len(timeline.spans) for timeline in known.values())
     if predicted is not None and measured is not None:
-        off = measured.makespan_s / predicted.makespan_s - 1 if predicted.makespan_s else 0.0
-        yield paragraph(
-            f"Measured {format_seconds(measured.makespan_s)}, predicted {format_seconds(predicted.makespan_s)}: "
-            f"{100 * abs(off):.0f} % {'more' if off >= 0 else 'less'} than predicted."
-        )
+        yield paragraph(_comparison(predicted, measured))
         yield picture(
             "What each device does in a step, predicted over measured",
             "step",
@@ -163,6 +160,24 @@ def _step(predicted: Timeline | None, measured: Timeline | None) -> Iterator[str
             8 * len(timeline.devices),
             lambda look, timeline=timeline: utilisation(timeline, theme=look),
         )
+
+
+def _comparison(predicted: Timeline, measured: Timeline) -> str:
+    """How far off the prediction is, in what recordings see: they know neither own code nor the optimizer."""
+    expected_s, found_s = _units_s(predicted), _units_s(measured)
+    text = (
+        "From the first to the last work of a unit: "
+        f"measured {format_seconds(found_s)}, predicted {format_seconds(expected_s)}"
+    )
+    if not expected_s:
+        return f"{text}."
+    off = found_s / expected_s - 1
+    return f"{text}, so {100 * abs(off):.0f} % {'more' if off >= 0 else 'less'} than predicted."
+
+
+def _units_s(timeline: Timeline) -> float:
+    work = [span for span in timeline.spans if span.op in get_args(Op)]
+    return max((span.end_s for span in work), default=0.0) - min((span.start_s for span in work), default=0.0)
 
 
 def _origin(plan: Plan, inventory: Inventory) -> Iterator[str]:

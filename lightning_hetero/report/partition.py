@@ -13,7 +13,12 @@ from lightning_hetero.units import format_bytes
 
 _WIDTH, _BOX_WIDTH, _BOX_HEIGHT, _ROW, _TOP = 230, 200, 40, 78, 34
 _LETTERS = 31  # that fit into a box, at its size of text
-_MOST_TARGETS = 3  # named under a stage; the others are counted
+_MOST_TARGETS = 2  # named under a stage; the others are counted
+_UNDER_WORDS = 21  # where arrows begin, below a box and its line of sizes
+_ARROWHEAD = (
+    '<defs><marker id="arrowhead" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    '<path d="M0 1 L8 4 L0 7 Z" class="head"/></marker></defs>'
+)
 _COLOURS = (SKY, ORANGE, GREEN, YELLOW, PURPLE, VERMILLION, BLUE)
 
 
@@ -30,14 +35,15 @@ def partition_svg(plan: Plan, borders: Sequence[Border] = ()) -> str:
     parts = [
         f'<svg viewBox="0 0 {max(1, len(names)) * _WIDTH} {height}" '
         f'width="{max(1, len(names)) * _WIDTH}" height="{height}" class="partition" role="img" '
-        'aria-label="Stages of the model on their devices">'
+        'aria-label="Stages of the model on their devices">',
+        _ARROWHEAD,
     ]
     for index, name in enumerate(names):
         x = index * _WIDTH + _WIDTH // 2
         parts.append(f'<text x="{x}" y="20" text-anchor="middle" class="device">{_fitting(name)}</text>')
         parts.append(f'<line x1="{x}" y1="{_TOP - 6}" x2="{x}" y2="{height}" class="lane"/>')
     for source, target in _arrows(plan, borders):
-        parts.append(_arrow(plan, column, source, target))
+        parts.append(_arrow(plan, column, source, target, bool(borders)))
     for index, stage in enumerate(plan.stages):
         parts += _boxes(index, stage, column)
         words = _leaving(plan, index, borders)
@@ -72,15 +78,17 @@ def _arrows(plan: Plan, borders: Sequence[Border]) -> list[tuple[int, int]]:
     return [(index, index + 1) for index in range(len(plan.stages) - 1)]
 
 
-def _arrow(plan: Plan, column: dict[str, int], source: int, target: int) -> str:
+def _arrow(plan: Plan, column: dict[str, int], source: int, target: int, has_words: bool) -> str:
     (x1, y1), (x2, y2) = (_place(column[plan.stages[index].device], index) for index in (source, target))
-    y1 += _BOX_HEIGHT
+    y1 += _BOX_HEIGHT + (_UNDER_WORDS if has_words else 0)
     kind = "flow" if plan.stages[source].device != plan.stages[target].device else "flow stays"
+    bend = (y2 - y1) // 2
+    curve = f"M{x1} {y1} C{x1} {y1 + bend} {x2} {y2 - bend} {x2} {y2}"
     if abs(target - source) > 1:  # beside the boxes that are between
         aside = max(x1, x2) + _BOX_WIDTH // 2 + 12
-        return f'<path d="M{x1} {y1} C{aside} {y1 + 20} {aside} {y2 - 20} {x2} {y2}" class="{kind} skip"/>'
-    bend = (y2 - y1) // 2
-    return f'<path d="M{x1} {y1} C{x1} {y1 + bend} {x2} {y2 - bend} {x2} {y2}" class="{kind}"/>'
+        kind += " skip"
+        curve = f"M{x1} {y1} C{aside} {y1 + 20} {aside} {y2 - 20} {x2} {y2}"
+    return f'<path d="{curve}" class="{kind}" marker-end="url(#arrowhead)"/>'
 
 
 def _leaving(plan: Plan, index: int, borders: Sequence[Border]) -> str:
