@@ -23,7 +23,8 @@ def saved(command: Callable[..., Any]) -> None:
 @pytest.mark.usefixtures("saved")
 def test_a_plan_with_its_costs_has_a_predicted_step(command: Callable[..., Any]) -> None:
     outcome = command("report", "plan.json")
-    assert (outcome.code, outcome.out, outcome.err) == (0, "", "wrote plan.html\n")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err.endswith("wrote plan.html\n")  # matplotlib may say before that it looks for fonts
     text = Path("plan.html").read_text(encoding="utf-8")
     assert "What each device does in a step, predicted" in text
     assert "to 1: " in text  # bytes at the border of the stages
@@ -35,13 +36,15 @@ def test_a_plan_alone_and_a_measured_step(command: Callable[..., Any]) -> None:
     measured = Timeline((Span(device="emulated:0", op="F", start_s=0, duration_s=0.5),))
     Path("step.json").write_text(measured.to_json(), encoding="utf-8")
     outcome = command("report", "plan.json", "--timeline", "step.json", "--output", "x.html")
-    assert (outcome.code, outcome.err) == (0, "wrote x.html\n")
+    assert outcome.code == 0
+    assert outcome.err.endswith("wrote x.html\n")
     assert "What each device does in a step, measured" in Path("x.html").read_text(encoding="utf-8")
 
 
 def test_a_plan_is_a_page_at_once(command: Callable[..., Any]) -> None:
     outcome = command("plan", *PLAN, "format=html")
-    assert (outcome.code, outcome.out, outcome.err) == (0, "", "wrote plan.html\n")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err.endswith("wrote plan.html\n")  # matplotlib may say before that it looks for fonts
     assert "What each device does in a step, predicted" in Path("plan.html").read_text(encoding="utf-8")
 
 
