@@ -20,6 +20,7 @@ LAYERS = (
     "simulate",
     "placement",
     "runtime",
+    "report",
     "export",
     "parallel",
     "strategy",

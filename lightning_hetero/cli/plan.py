@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
 
     from lightning_hetero.cli.planner import Planned, Planner
 
-_FORMATS = ("table", "json")
+_FORMATS = ("table", "json", "html")
+_PAGE = "plan.html"  # where nothing says where to write it
 _LIMIT_S = 0.7  # for each plan that is only looked at to propose something
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plan as the arguments say: `model=transformer_7b 'devices=2x24GiB+cpu'`, `format=json`, `--help`.
+    """Plan as the arguments say: `model=transformer_7b 'devices=2x24GiB+cpu'`, `format=html`, `--help`.
 
     Returns:
         0; 1 after a failure that was explained on stderr, also where nothing fits.
@@ -39,10 +41,13 @@ def plan(cfg: DictConfig) -> None:
     from lightning_hetero.cli.planner import Planner  # torch and Lightning, which --help should not wait for
     from lightning_hetero.cli.saved import save_planned
     from lightning_hetero.config import check_groups
+    from lightning_hetero.report.canvas import require_matplotlib
     from lightning_hetero.strategy.options import one_of
 
     check_groups(cfg)
     form = one_of("format", cfg.format, _FORMATS)
+    if form == "html":
+        require_matplotlib()  # before anything takes time
     planner = Planner(cfg)
     try:
         planned = planner.plan()
@@ -55,7 +60,11 @@ def plan(cfg: DictConfig) -> None:
 
 def _show(planned: Planned, form: str, output: str | None) -> None:
     from lightning_hetero.cli.output import plan_text, write_or_print
+    from lightning_hetero.cli.report import write_planned
 
+    if form == "html":
+        print(f"wrote {write_planned(output or _PAGE, planned)}", file=sys.stderr)
+        return
     first = planned.plans[0]
     write_or_print(first.to_json() if form == "json" else plan_text(first), output)
 
