@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "say which part of a model would run where, why, and what a step would take",
     "simulate": "predict what every device does when, for a plan, and what would change that",
     "report": "write one page of HTML about a plan, with pictures",
+    "run": "run any Lightning program, with hetero as the strategy it did not choose",
     "devices": "show the devices that a model can be spread over",
     "export": "take a trained model away to other runtimes, as a chain of stages",
 }

@@ -24,7 +24,8 @@ from lightning_hetero.config import store_schemas
 from lightning_hetero.errors import HeteroError
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_EXPECTED = (HeteroError, HydraException, OmegaConfBaseException)
+EXPECTED = (HeteroError, HydraException, OmegaConfBaseException)
+"""Failures that are explained, without a traceback."""
 
 
 def run_application(command: str, task: Callable[[DictConfig], object], argv: Sequence[str]) -> int:
@@ -52,7 +53,7 @@ def run_application(command: str, task: Callable[[DictConfig], object], argv: Se
             os.environ[_FULL_ERROR] = "1"  # makes Hydra raise instead of printing and leaving the process
             application()
             ended.check()
-    except _EXPECTED as error:
+    except EXPECTED as error:
         if want_traceback:
             raise
         print(f"{PROGRAM} {command}: {explain(error, words, command)}", file=sys.stderr)
@@ -73,7 +74,7 @@ class _Ended:
         def wrapped(cfg: DictConfig) -> object:
             try:
                 return task(cfg)
-            except _EXPECTED as error:
+            except EXPECTED as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
                 self._error = error

@@ -55,9 +55,9 @@ def example_of(module: nn.Module, data: Any) -> Example:
     """
     given = getattr(module, "example_input_array", None)
     if isinstance(given, Mapping):
-        return Example(_rows(given), (), dict(given))
+        return Example(rows_of(given), (), dict(given))
     if given is not None:
-        return Example(_rows(given), given if isinstance(given, tuple) else (given,))
+        return Example(rows_of(given), given if isinstance(given, tuple) else (given,))
     if data is None:
         raise UsageError(
             f"{type(module).__name__} has no `example_input_array` and there is no data, so nobody knows what it is "
@@ -66,11 +66,16 @@ def example_of(module: nn.Module, data: Any) -> Example:
     datamodule = instantiate(data, _convert_="all")
     datamodule.prepare_data()
     datamodule.setup("fit")
-    batch = next(iter(datamodule.train_dataloader()))
+    return first_of(next(iter(datamodule.train_dataloader())))
+
+
+def first_of(batch: Any) -> Example:
+    """The first part of a batch such as (images, labels), which most models are called with."""
     first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-    return Example(_rows(first), (first,))
+    return Example(rows_of(first), (first,))
 
 
-def _rows(given: Any) -> int:
+def rows_of(given: Any) -> int:
+    """Rows of a batch: the most frequent dim 0 of its tensors; 1 without tensors."""
     counts = Counter(int(tensor.shape[0]) for tensor in all_tensors(given) if tensor.ndim)
     return max(1, counts.most_common(1)[0][0]) if counts else 1

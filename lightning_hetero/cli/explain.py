@@ -19,6 +19,7 @@ from lightning_hetero.errors import HeteroError
 
 _BAD_KEY = re.compile(r"Could not override '([\w./@-]+)'")
 _BAD_ARGUMENT = re.compile(r"call to target '([\w.]+)'.*unexpected keyword argument '(\w+)'", re.DOTALL)
+_PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib")
 _WHERE = "HYDRA_FULL_ERROR=1 shows where it happened."
 
 
@@ -40,6 +41,8 @@ def explain(error: BaseException, argv: Sequence[str], command: str) -> str:
     if isinstance(error, HydraException) and isinstance(error.__cause__, OmegaConfBaseException):
         text += f"\n{error.__cause__}"
     if isinstance(error, MissingConfigException):
+        if error.missing_cfg_file in _PLUGINS:
+            return f"{text}\nIt is part of a plugin: pip install 'lightning-hetero[sweeps]'"
         return text + _line(near(Path(error.missing_cfg_file or "").stem, error.options or ()))
     if isinstance(error, InstantiationException):
         return f"{text}{_line(_near_argument(text))}\n{_WHERE}"

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -18,15 +19,31 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from omegaconf import DictConfig
 
+    from lightning_hetero.cli.step_clock import StepClock
 
-def run(cfg: DictConfig) -> float | None:
+STEP_S = "hetero/step_s"
+SAMPLES_PER_S = "hetero/samples_per_s"
+"""Metrics of every job that took more than three steps, for sweeps that look for speed."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a job came to.
+
+    Attributes:
+        metric: The metric called `optimized_metric`; None if that is null.
+        clock: What its steps took.
+    """
+
+    metric: float | None
+    clock: StepClock
+
+
+def run(cfg: DictConfig) -> Finished:
     """Train, validating on the way, then test with the best weights that were kept and print the result.
 
     Args:
         cfg: The configuration `train`, composed by Hydra.
-
-    Returns:
-        The metric called `cfg.optimized_metric`, for a sweeper; None if that is null.
 
     Raises:
         HeteroError: The configuration means nothing, cannot be obeyed, or names a metric that nobody logs.
@@ -35,19 +52,22 @@ def run(cfg: DictConfig) -> float | None:
         return _run(cfg)
 
 
-def _run(cfg: DictConfig) -> float | None:
+def _run(cfg: DictConfig) -> Finished:
+    from lightning_hetero.cli.step_clock import StepClock  # torch, which --help should not wait for
+
     check_groups(cfg)
     _seed(cfg.seed)
     data: LightningDataModule = instantiate(cfg.data, _convert_="all")
     model: LightningModule = instantiate(cfg.model, _convert_="all")
     trainer: Trainer = instantiate(cfg.trainer)
+    clock = StepClock.of(trainer)
     trainer.fit(model, datamodule=data)
-    metrics = _numbers(trainer.callback_metrics) | _best(trainer)
+    metrics = _numbers(trainer.callback_metrics) | _best(trainer) | _speed(clock)
     trainer.test(model, datamodule=data, ckpt_path=_best_weights(trainer), verbose=False)
     tested = _numbers(trainer.callback_metrics)
     for name, value in tested.items():
         print(f"{name} {value:.4f}")
-    return _chosen(cfg.optimized_metric, metrics | tested)
+    return Finished(_chosen(cfg.optimized_metric, metrics | tested), clock)
 
 
 @contextmanager
@@ -74,6 +94,11 @@ def _seed(seed: int | None) -> None:
 
 def _numbers(metrics: Any) -> dict[str, float]:
     return {name: float(value) for name, value in sorted(metrics.items())}
+
+
+def _speed(clock: StepClock) -> dict[str, float]:
+    found = {STEP_S: clock.step_s, SAMPLES_PER_S: clock.samples_per_s}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _best(trainer: Trainer) -> dict[str, float]:

@@ -14,6 +14,7 @@ from lightning_hetero.errors import UsageError
 from lightning_hetero.plan import Plan
 
 _WIDE = 160  # columns, where there is no terminal whose width would matter
+_WIDEST = 500  # for tables, which are as wide as they have to be
 
 
 def plan_text(plan: Plan) -> str:
@@ -42,7 +43,7 @@ def table_text(
         table.add_column(name, justify="left" if name in words else "right")
     for row in rows:
         table.add_row(*row)
-    console = _console()
+    console = _console(_WIDEST)
     console.print(table)
     return _text_of(console)
 
@@ -63,10 +64,10 @@ def write_or_print(text: str, path: str | None) -> None:
     print(f"wrote {path}", file=sys.stderr)
 
 
-def _console() -> Console:
+def _console(wide: int = _WIDE) -> Console:
     """One that writes to memory: rich would end the program by itself when nobody reads on."""
     shown = sys.stdout.isatty()
-    width = Console().width if shown else _WIDE
+    width = Console().width if shown else wide
     return Console(file=StringIO(), width=width, force_terminal=shown)
 
 

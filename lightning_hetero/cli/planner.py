@@ -85,6 +85,8 @@ class Planner:
 
     Args:
         cfg: The configuration `plan`.
+        policy: Who decides, instead of what the configuration says.
+        example: What the model is called with, instead of what the model or its data say.
 
     Attributes:
         inventory: The devices.
@@ -94,10 +96,13 @@ class Planner:
         HeteroError: A key has a value that makes no sense, or a device does not exist.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(
+        self, cfg: DictConfig, *, policy: PlacementPolicy | None = None, example: Example | None = None
+    ) -> None:
         self._cfg = cfg
         self.circumstances = _circumstances(cfg)
-        self._policy = _policy(cfg, self.circumstances)
+        self._policy = policy or _policy(cfg, self.circumstances)
+        self._given = example
         self.inventory, self._assumptions = _inventory(cfg)
         self._models: dict[str, nn.Module] = {}
 
@@ -158,7 +163,7 @@ class Planner:
 
     @cached_property
     def _example(self) -> Example:
-        return example_of(self._model(self.circumstances.dtype), self._cfg.get("data"))
+        return self._given or example_of(self._model(self.circumstances.dtype), self._cfg.get("data"))
 
     def _model(self, dtype: str) -> nn.Module:
         """The model without memory, or with it if its code needs values to build it."""

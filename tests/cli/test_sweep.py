@@ -103,10 +103,3 @@ def test_a_sweeper_is_told_the_best_value_of_the_chosen_metric(command: Command)
     assert value == pytest.approx(min(validated))
     elsewhere = "hydra.run.dir=another"  # the usual name of the folder is the second in which the job began
     assert "told None" in command("train", *words, "optimized_metric=null", elsewhere).out
-
-
-def test_a_job_that_fails_ends_the_sweep_with_its_message(command: Command) -> None:
-    outcome = command("train", "-m", *BRIEF, "placement=manual,even")
-    assert outcome.code == 1
-    assert "lightning-hetero train: placement 'manual' needs a device map" in outcome.err
-    assert "Traceback" not in outcome.err

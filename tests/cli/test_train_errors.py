@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_hetero import InventoryError
 from lightning_hetero.cli import main
+from lightning_hetero.cli.explain import explain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
@@ -128,3 +129,11 @@ def test_showing_the_configuration_runs_nothing(command: Command) -> None:
     outcome = command("train", "--cfg", "job", "experiment=digits", "placement=auto")
     assert (outcome.code, outcome.err, outcome.folders) == (0, "", [])
     assert "policy: auto" in outcome.out
+
+
+@pytest.mark.parametrize("name", ["hydra/sweeper/optuna", "hydra/launcher/joblib"])
+def test_a_plugin_that_is_not_installed_is_named(name: str) -> None:
+    missing = MissingConfigException(f"Could not find '{name}'", name, ["basic"])
+    assert explain(missing, [], "train") == (
+        f"Could not find '{name}'\nIt is part of a plugin: pip install 'lightning-hetero[sweeps]'"
+    )

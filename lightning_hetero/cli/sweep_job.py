@@ -1,0 +1,81 @@
+"""One job of `train`: alone it may fail aloud; in a sweep it leaves a row, and the sweep goes on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from lightning_hetero.cli import job
+from lightning_hetero.cli.application import EXPECTED
+from lightning_hetero.cli.explain import explain
+from lightning_hetero.cli.sweep_row import FAILED, INFEASIBLE, SweepRow
+from lightning_hetero.errors import InfeasiblePlanError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lightning_hetero.cli.step_clock import StepClock
+    from lightning_hetero.plan import Forecast
+
+ROWS = "sweep_rows"
+"""Folder of the rows, in that of the sweep."""
+
+_log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Train as `job.run` does.
+
+    Returns:
+        The metric called `cfg.optimized_metric`, for a sweeper; None if that is null, and for a job of a sweep that
+        failed.
+
+    Raises:
+        Exception: Outside of sweeps, what `job.run` raises.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return job.run(cfg).metric
+    row = SweepRow(
+        job=int(hydra.job.num), overrides=[*map(str, hydra.overrides.task)], metric_name=cfg.get("optimized_metric")
+    )
+    try:
+        finished = job.run(cfg)
+    except Exception as error:
+        row.status = INFEASIBLE if isinstance(error, InfeasiblePlanError) else FAILED
+        row.reason = _reason(error, row)
+    else:
+        row.metric = finished.metric
+        row.take(finished.clock, _forecast(cfg, finished.clock))
+    row.write(rows_folder(hydra))
+    return row.metric
+
+
+def rows_folder(hydra: Any) -> Path:
+    """Where the jobs of a sweep leave their rows, whatever the current directory is."""
+    return Path(str(hydra.runtime.cwd), str(hydra.sweep.dir), ROWS)
+
+
+def _forecast(cfg: DictConfig, clock: StepClock) -> Forecast | None:
+    from lightning_hetero.cli.forecast import forecast_of  # torch, which --help should not wait for
+
+    try:
+        return forecast_of(cfg, clock)
+    except Exception:  # of the user's model, built once more without memory: the job itself has succeeded
+        _log.warning("no prediction for this job", exc_info=True)
+        return None
+
+
+def _reason(error: Exception, row: SweepRow) -> str:
+    """What to write into the row, and into the log of the job."""
+    if isinstance(error, EXPECTED):
+        reason = explain(error, row.overrides, "train")
+        _log.error("job %d failed: %s", row.job, reason)
+    else:
+        reason = f"{type(error).__name__}: {error}"
+        _log.exception("job %d failed", row.job)
+    return reason
