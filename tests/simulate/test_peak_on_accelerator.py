@@ -100,7 +100,7 @@ def predicted(
     return {device.device: device.memory_bytes for device in forecast.devices}
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kinds=st.lists(st.sampled_from(sorted(LAYERS)), min_size=2, max_size=5),
     chain=st.booleans(),
@@ -123,6 +123,14 @@ def test_no_plan_takes_more_than_predicted(
     found = peaks(model, device_of, execution, devices)
     for name, peak in found.items():
         assert peak <= expected.get(name, 0) + SMALL_BYTES
+
+
+@pytest.mark.xfail(reason="what the loss needs in its backward is predicted too low here, by 5 %", strict=True)
+def test_gelu_and_norm_on_the_root(devices: EmulatedAccelerator) -> None:
+    model = nn.Sequential(*(layer for kind in ("gelu", "norm") for layer in LAYERS[kind]()))
+    device_of = dict.fromkeys(find_units(model).names, devices.devices[0])
+    expected = predicted(model, device_of, Execution(), devices)[devices.devices[0]]
+    assert peaks(model, device_of, Execution(), devices)[devices.devices[0]] <= expected + SMALL_BYTES
 
 
 @pytest.mark.parametrize("kinds", [["relu"] * 4, ["linear", "gelu", "linear"], ["block", "norm", "block"]])

@@ -70,7 +70,7 @@ def test_pip_refuses_a_lightning_below_the_floor_and_the_script_says_so(pytestco
         ["2.3.3", "lightning.pytorch", *["-"] * 6],
         ["2.3.3", "pytorch_lightning", *["-"] * 6],
     ]
-    assert "lightning-hetero 0.1.0 depends on lightning" in run.stdout
+    assert re.search(r"lightning.hetero.*depends on.*lightning|ResolutionImpossible", run.stdout), run.stdout
     assert run.returncode == 1
 
 

@@ -69,13 +69,15 @@ def test_seeding_one_device_leaves_the_others(accelerator: EmulatedAccelerator) 
     module = torch.get_device_module(accelerator.name)
     module.manual_seed_all(1)
     other = module.get_rng_state(1)
-    module.manual_seed(5)  # the current device, which is the first
-    assert module.initial_seed() == 5
+    with module.device(0):
+        module.manual_seed(5)  # the current device
+        assert module.initial_seed() == 5
     assert torch.equal(module.get_rng_state(1), other)
     with module.device(1):
         module.manual_seed(6)
         assert module.initial_seed() == 6
-    assert module.initial_seed() == 5
+    with module.device(0):
+        assert module.initial_seed() == 5
 
 
 def test_fork_rng_puts_all_states_back(accelerator: EmulatedAccelerator) -> None:
