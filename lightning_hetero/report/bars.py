@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_hetero.report.canvas import SIZE, Frame, figure_of_rows, legend, name_rows, settings, title
 from lightning_hetero.report.theme import Paint, Theme, theme_named
@@ -46,7 +46,12 @@ def stacked(name: str, bars: Sequence[Bar], paints: Mapping[str, Paint], theme: 
             for what, paint in paints.items():
                 width = 100 * bar.parts.get(what, 0.0)
                 if width:
-                    style = {"color": paint.colour, "hatch": paint.hatch, "edgecolor": look.edge, "linewidth": 0.5}
+                    style: dict[str, Any] = {
+                        "color": paint.colour,
+                        "hatch": paint.hatch,
+                        "edgecolor": look.edge,
+                        "linewidth": 0.5,
+                    }
                     axes.barh(row, width, _HEIGHT, left=left, **style)
                 left += width
         if longest > 1.0:

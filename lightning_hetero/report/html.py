@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args
@@ -67,7 +68,7 @@ def write_html(
             "Memory of each device",
             "memory",
             8 * len(plan.devices),
-            lambda look: memory_bars(plan, inventory, theme=look),
+            partial(memory_bars, plan, inventory),
         ),
         *_origin(plan, inventory or plan.inventory),
     ]
@@ -143,7 +144,7 @@ def _step(predicted: Timeline | None, measured: Timeline | None) -> Iterator[str
             "What each device does in a step, predicted over measured",
             "step",
             shapes,
-            lambda look: gantt_pair(predicted, measured, theme=look),
+            partial(gantt_pair, predicted, measured),
         )
     for name, timeline in known.items():
         if len(known) == 1:
@@ -151,14 +152,14 @@ def _step(predicted: Timeline | None, measured: Timeline | None) -> Iterator[str
                 f"What each device does in a step, {name.lower()}",
                 "step",
                 shapes,
-                lambda look, name=name, timeline=timeline: gantt(timeline, name=name, theme=look),
+                partial(gantt, timeline, name=name),
             )
         yield paragraph(f"Work of each device, {name.lower()}:")
         yield picture(
             f"Work of each device, {name.lower()}",
             f"work-{name.lower()}",
             8 * len(timeline.devices),
-            lambda look, timeline=timeline: utilisation(timeline, theme=look),
+            partial(utilisation, timeline),
         )
 
 

@@ -10,7 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 from lightning_hetero.report.canvas import as_svg, settings
-from lightning_hetero.report.theme import PAGE, Theme
+from lightning_hetero.report.theme import PAGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,19 +66,19 @@ def folded(name: str, content: str) -> str:
     return f"<details><summary>{escape(name)}</summary>\n{content}\n</details>"
 
 
-def picture(name: str, prefix: str, shapes: int, draw: Callable[[str | Theme], Figure]) -> str:
+def picture(name: str, prefix: str, shapes: int, draw: Callable[..., Figure]) -> str:
     """A picture in the colours of the page, by shapes, or by pixels where there are too many shapes.
 
     Args:
         name: What it shows, for people who do not see it.
         prefix: Of its ids, different for every picture of a page.
         shapes: About how many there are.
-        draw: Draws it in a theme.
+        draw: Draws it in the `theme` that it is given.
     """
     label = escape(name)
     if shapes <= _MOST_SHAPES:
-        return f"<figure>{as_svg(draw(PAGE), prefix, label)}</figure>"
-    dark, light = (_png(draw(theme)) for theme in ("dark", "light"))
+        return f"<figure>{as_svg(draw(theme=PAGE), prefix, label)}</figure>"
+    dark, light = (_png(draw(theme=theme)) for theme in ("dark", "light"))
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{label}"></picture></figure>'

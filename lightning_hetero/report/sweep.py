@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_hetero.plan.explain import format_seconds
 from lightning_hetero.report.canvas import (
@@ -103,7 +103,7 @@ def _times(axes: Axes, row: int, seconds: Sequence[float | None], scale: float, 
     for index, (key, value) in enumerate(known):
         paint = _PAINTS[key]
         y = row - 0.35 + height * (index + 0.5)
-        style = {"color": paint.colour, "hatch": paint.hatch, "edgecolor": theme.edge, "linewidth": 0.5}
+        style: dict[str, Any] = {"color": paint.colour, "hatch": paint.hatch, "edgecolor": theme.edge, "linewidth": 0.5}
         axes.barh(y, value / scale, height, **style)
 
 
