@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train and test a model over the devices of this machine, configured by Hydra",
     "plan": "say which part of a model would run where, why, and what a step would take",
     "simulate": "predict what every device does when, for a plan, and what would change that",
+    "compare": "train a few steps with each of several policies, and show what was predicted and measured",
     "run": "run any Lightning program, with hetero as the strategy it did not choose",
     "devices": "show the devices that a model can be spread over",
     "export": "take a trained model away to other runtimes, as a chain of stages",

@@ -10,10 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from lightning_hetero.cli import job
-from lightning_hetero.cli.application import EXPECTED
-from lightning_hetero.cli.explain import explain
-from lightning_hetero.cli.sweep_row import FAILED, INFEASIBLE, SweepRow
-from lightning_hetero.errors import InfeasiblePlanError
+from lightning_hetero.cli.sweep_row import SweepRow, failed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,8 +43,7 @@ def run(cfg: DictConfig) -> float | None:
     try:
         finished = job.run(cfg)
     except Exception as error:
-        row.status = INFEASIBLE if isinstance(error, InfeasiblePlanError) else FAILED
-        row.reason = _reason(error, row)
+        failed(row, error, "train")
     else:
         row.metric = finished.metric
         row.take(finished.clock, _forecast(cfg, finished.clock))
@@ -68,14 +64,3 @@ def _forecast(cfg: DictConfig, clock: StepClock) -> Forecast | None:
     except Exception:  # of the user's model, built once more without memory: the job itself has succeeded
         _log.warning("no prediction for this job", exc_info=True)
         return None
-
-
-def _reason(error: Exception, row: SweepRow) -> str:
-    """What to write into the row, and into the log of the job."""
-    if isinstance(error, EXPECTED):
-        reason = explain(error, row.overrides, "train")
-        _log.error("job %d failed: %s", row.job, reason)
-    else:
-        reason = f"{type(error).__name__}: {error}"
-        _log.exception("job %d failed", row.job)
-    return reason

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_hetero.cli.application import EXPECTED
+from lightning_hetero.cli.explain import explain
+from lightning_hetero.errors import InfeasiblePlanError
+
 if TYPE_CHECKING:
     from lightning_hetero.cli.step_clock import StepClock
     from lightning_hetero.plan import Forecast, Plan
+
+_log = logging.getLogger(__name__)
 
 OK = "ok"
 INFEASIBLE = "infeasible"
@@ -68,6 +75,17 @@ class SweepRow:
         temporary = folder / f".{self.job}.tmp"  # a sweep that is stopped leaves whole rows
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / f"{self.job}.json")
+
+
+def failed(row: SweepRow, error: Exception, command: str) -> None:
+    """Write into the row why it has no numbers; and into the log, with where it happened if nobody expected it."""
+    row.status = INFEASIBLE if isinstance(error, InfeasiblePlanError) else FAILED
+    if isinstance(error, EXPECTED):
+        row.reason = explain(error, row.overrides, command)
+        _log.error("job %d failed: %s", row.job, row.reason)
+    else:
+        row.reason = f"{type(error).__name__}: {error}"
+        _log.exception("job %d failed", row.job)
 
 
 def read_rows(folder: Path) -> list[SweepRow]:

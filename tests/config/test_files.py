@@ -68,7 +68,7 @@ def test_every_file_opens_with_commands_that_use_it_and_that_compose(path: Path)
         sweep = words[:1] == ["-m"]
         first = [re.sub(r",\w+$", "", word) if sweep else word for word in words if word != "-m"]
         cfg = composed(*first, command=command)
-        if command in ("train", "plan"):
+        if command in ("train", "plan", "compare"):
             check_groups(cfg)
     if path in GROUP_FILES:
         assert any(f"{group_of(path)}={path.stem}" in words for _, words in shown) or path.parent.name == "trainer"
