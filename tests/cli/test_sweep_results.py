@@ -83,7 +83,7 @@ def test_what_fails_is_a_row_and_the_sweep_goes_on(command: Command) -> None:
 
 
 def test_a_mistake_in_the_users_code_is_a_row_with_its_type_and_a_traceback_in_the_log(command: Command) -> None:
-    Path("mine.py").write_text(
+    Path("picky.py").write_text(
         "from lightning_hetero.demos.digits import DigitsCNN\n"
         "class Picky(DigitsCNN):\n"
         "    def __init__(self, lr):\n"
@@ -94,7 +94,7 @@ def test_a_mistake_in_the_users_code_is_a_row_with_its_type_and_a_traceback_in_t
         "            raise ZeroDivisionError('that much')\n"
         "        return super().training_step(batch, index)\n"
     )
-    outcome = command("train", "-m", *BRIEF, "model._target_=mine.Picky", "+model.lr=2.0,0.01")
+    outcome = command("train", "-m", *BRIEF, "model._target_=picky.Picky", "+model.lr=2.0,0.01")
     bad, good = rows_of_csv()
     assert outcome.code == 1
     assert (bad["status"], bad["reason"], bad["model.lr"]) == ("failed", "ZeroDivisionError: that much", "2.0")
