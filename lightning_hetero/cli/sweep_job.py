@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,8 @@ from lightning_hetero.cli.sweep_row import SweepRow, failed
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lightning_hetero.cli.step_clock import StepClock
-    from lightning_hetero.plan import Forecast
-
 ROWS = "sweep_rows"
 """Folder of the rows, in that of the sweep."""
-
-_log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -46,7 +40,9 @@ def run(cfg: DictConfig) -> float | None:
         failed(row, error, "train")
     else:
         row.metric = finished.metric
-        row.take(finished.clock, _forecast(cfg, finished.clock))
+        from lightning_hetero.cli.forecast import forecast_of  # torch, which --help should not wait for
+
+        row.take(finished.clock, forecast_of(cfg, finished.clock))
     row.write(rows_folder(hydra))
     return row.metric
 
@@ -54,13 +50,3 @@ def run(cfg: DictConfig) -> float | None:
 def rows_folder(hydra: Any) -> Path:
     """Where the jobs of a sweep leave their rows, whatever the current directory is."""
     return Path(str(hydra.runtime.cwd), str(hydra.sweep.dir), ROWS)
-
-
-def _forecast(cfg: DictConfig, clock: StepClock) -> Forecast | None:
-    from lightning_hetero.cli.forecast import forecast_of  # torch, which --help should not wait for
-
-    try:
-        return forecast_of(cfg, clock)
-    except Exception:  # of the user's model, built once more without memory: the job itself has succeeded
-        _log.warning("no prediction for this job", exc_info=True)
-        return None

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_hetero.cli.application import EXPECTED
-from lightning_hetero.cli.explain import explain
-from lightning_hetero.errors import InfeasiblePlanError
+from lightning_hetero.cli.explain import causes, explain
+from lightning_hetero.errors import HeteroError, InfeasiblePlanError
 
 if TYPE_CHECKING:
     from lightning_hetero.cli.step_clock import StepClock
@@ -78,14 +78,12 @@ class SweepRow:
 
 
 def failed(row: SweepRow, error: Exception, command: str) -> None:
-    """Write into the row why it has no numbers; and into the log, with where it happened if nobody expected it."""
-    row.status = INFEASIBLE if isinstance(error, InfeasiblePlanError) else FAILED
-    if isinstance(error, EXPECTED):
-        row.reason = explain(error, row.overrides, command)
-        _log.error("job %d failed: %s", row.job, row.reason)
-    else:
-        row.reason = f"{type(error).__name__}: {error}"
-        _log.exception("job %d failed", row.job)
+    """Write into the row why it has no numbers; and into the log, with the traceback if it is not ours."""
+    ours = next((cause for cause in causes(error) if isinstance(cause, HeteroError)), None)
+    row.status = INFEASIBLE if isinstance(ours, InfeasiblePlanError) else FAILED
+    expected = isinstance(error, EXPECTED)
+    row.reason = explain(error, row.overrides, command) if expected else f"{type(error).__name__}: {error}"
+    _log.error("job %d %s: %s", row.job, row.status, row.reason, exc_info=error if ours is None else None)
 
 
 def read_rows(folder: Path) -> list[SweepRow]:
