@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,8 @@ def test_a_mistake_in_the_users_code_is_a_row_with_its_type_and_a_traceback_in_t
     assert "raise ZeroDivisionError('that much')" in (outcome.folders[0] / "train.log").read_text()
     assert unmade["reason"].startswith("Error in call to target 'picky.Picky'")
     assert "assert lr < 9" in (outcome.folders[2] / "train.log").read_text()
+    gc.collect()
+    assert [thing for thing in gc.get_objects() if type(thing).__name__ == "Picky"] == []
 
 
 def test_speed_can_be_what_a_sweep_looks_for_and_old_rows_are_forgotten(command: Command) -> None:
