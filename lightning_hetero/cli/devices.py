@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -26,14 +25,13 @@ from lightning_hetero.errors import HeteroError
 _TEXTS = {"device", "kind", "dtypes", "trains", "product", "from", "to", "confidence"}
 _NEVER_FOLDED = {"device", "kind", "memory", "speed", "from", "to", "confidence"}
 _WIDE = 160  # columns, where there is no terminal whose width would matter
-_CLOSED_PIPE = 141  # what a shell reports of a program that ended because nobody read on: 128 + SIGPIPE
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the devices of this machine, or those that a request means.
 
     Returns:
-        0, or 1 if the request cannot be met, or 141 if the reader of the output has gone, as in `... | head`.
+        0, or 1 if the request cannot be met.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -41,13 +39,7 @@ def main(argv: Sequence[str]) -> int:
     except HeteroError as error:
         print(f"{PROGRAM} devices: {error}", file=sys.stderr)
         return 1
-    try:
-        _print(inventory, arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more when it ends, and would say there what nobody wants to know.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _CLOSED_PIPE
+    _print(inventory, arguments)
     return 0
 
 

@@ -34,7 +34,7 @@ def explain(error: BaseException, argv: Sequence[str], command: str) -> str:
     Returns:
         One or more lines, without a traceback.
     """
-    ours = next((cause for cause in _causes(error) if isinstance(cause, HeteroError)), None)
+    ours = next((cause for cause in causes(error) if isinstance(cause, HeteroError)), None)
     if ours is not None:
         return str(ours)
     text = str(error)
@@ -55,7 +55,8 @@ def near(word: str, words: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def _causes(error: BaseException | None) -> Iterable[BaseException]:
+def causes(error: BaseException | None) -> Iterable[BaseException]:
+    """The error, then what it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__

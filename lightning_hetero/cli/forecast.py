@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING
 
 from omegaconf import open_dict
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lightning_hetero.cli.step_clock import StepClock
+
+_log = logging.getLogger(__name__)
 
 
 def forecast_of(cfg: DictConfig, clock: StepClock) -> Forecast | None:
@@ -41,4 +44,7 @@ def forecast_of(cfg: DictConfig, clock: StepClock) -> Forecast | None:
     try:
         return Planner(wider, policy=FromFilePolicy(plan), example=example).plan().plans[0].forecast
     except HeteroError:
+        return None
+    except Exception:  # of the user's model, built once more without memory: the job itself has succeeded
+        _log.warning("no prediction for this job", exc_info=True)
         return None

@@ -52,7 +52,25 @@ def run(cfg: DictConfig) -> Finished:
         return _run(cfg)
 
 
-def _run(cfg: DictConfig) -> Finished:
+def run_steps(cfg: DictConfig, steps: int) -> StepClock:
+    """Train until so many steps were measured, and do nothing else.
+
+    Args:
+        cfg: The same, with a Trainer that goes on for long enough.
+        steps: How many, at most 50.
+
+    Raises:
+        HeteroError: The configuration means nothing, or cannot be obeyed.
+    """
+    with _lines_once():
+        model, data, trainer, clock = _prepared(cfg, steps)
+        trainer.fit(model, datamodule=data)
+        return clock
+
+
+def _prepared(
+    cfg: DictConfig, stop_after: int | None = None
+) -> tuple[LightningModule, LightningDataModule, Trainer, StepClock]:
     from lightning_hetero.cli.step_clock import StepClock  # torch, which --help should not wait for
 
     check_groups(cfg)
@@ -60,7 +78,11 @@ def _run(cfg: DictConfig) -> Finished:
     data: LightningDataModule = instantiate(cfg.data, _convert_="all")
     model: LightningModule = instantiate(cfg.model, _convert_="all")
     trainer: Trainer = instantiate(cfg.trainer)
-    clock = StepClock.of(trainer)
+    return model, data, trainer, StepClock.of(trainer, stop_after)
+
+
+def _run(cfg: DictConfig) -> Finished:
+    model, data, trainer, clock = _prepared(cfg)
     trainer.fit(model, datamodule=data)
     metrics = _numbers(trainer.callback_metrics) | _best(trainer) | _speed(clock)
     trainer.test(model, datamodule=data, ckpt_path=_best_weights(trainer), verbose=False)

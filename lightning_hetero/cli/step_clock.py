@@ -24,12 +24,16 @@ class StepClock:
     A step is measured from the first hook of its batch to the last, after all devices are through. The first three
     under a plan are left out, and those after the 53rd.
 
+    Args:
+        stop_after: How many measured steps end the training; None lets it go on.
+
     Attributes:
         plan: The plan in effect, after the last step; None without hetero.
         example: What the model was called with first, without values; None before the first step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_after: int | None = None) -> None:
+        self._stop_after = stop_after
         self.plan: Plan | None = None
         self.example: Example | None = None
         self._steps_s: list[float] = []
@@ -39,12 +43,12 @@ class StepClock:
         self._peak_bytes: dict[str, int] = {}
 
     @classmethod
-    def of(cls, trainer: Any) -> Any:
+    def of(cls, trainer: Any, stop_after: int | None = None) -> Any:
         """A clock that is a callback in the Trainer's own namespace, put before its other callbacks."""
         foreign = any(base.__module__.startswith("pytorch_lightning.") for base in type(trainer).__mro__)
         home = "pytorch_lightning" if foreign else "lightning.pytorch"
         base = import_module(f"{home}.callbacks").Callback
-        clock = type("StepClock", (cls, base), {})()
+        clock = type("StepClock", (cls, base), {})(stop_after)
         trainer.callbacks.insert(0, clock)
         return clock
 
@@ -87,6 +91,8 @@ class StepClock:
         if self._seen > _WARM_UP:
             self._steps_s.append(time.perf_counter() - begun_s)
             self._rows.append(rows_of(batch))
+        if self._stop_after is not None and len(self._rows) >= self._stop_after:
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Read the counters before another run, such as the test, moves them."""

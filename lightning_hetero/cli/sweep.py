@@ -131,17 +131,21 @@ def table(rows: Sequence[SweepRow]) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(row: SweepRow, keys: Sequence[str]) -> list[str]:
+    said = settings(row)
+    metric = "" if row.metric is None else f"{row.metric:.4g}"
+    return [str(row.job), *(said.get(key, "") for key in keys), row.status, metric, *cells_of(row)]
+
+
+def cells_of(row: SweepRow) -> list[str]:
+    """Predicted and measured seconds, samples per second, memory and plan, as texts; empty where not known."""
     from lightning_hetero.plan.explain import format_seconds
 
-    said = settings(row)
     predicted = "" if row.predicted_step_s is None else format_seconds(row.predicted_step_s)
     if row.estimated:
         predicted = f"~{predicted}"
     measured = "" if row.measured_step_s is None else format_seconds(row.measured_step_s)
-    metric = "" if row.metric is None else f"{row.metric:.4g}"
     rate = "" if row.samples_per_s is None else f"{row.samples_per_s:.0f}"
-    known = [said.get(key, "") for key in keys]
-    return [str(row.job), *known, row.status, metric, predicted, measured, rate, _memory(row), row.plan_hash or ""]
+    return [predicted, measured, rate, _memory(row), row.plan_hash or ""]
 
 
 def _memory(row: SweepRow) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +9,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from lightning_hetero.cli import job
-from lightning_hetero.cli.application import EXPECTED
-from lightning_hetero.cli.explain import explain
-from lightning_hetero.cli.sweep_row import FAILED, INFEASIBLE, SweepRow
-from lightning_hetero.errors import InfeasiblePlanError
+from lightning_hetero.cli.sweep_row import SweepRow, failed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lightning_hetero.cli.step_clock import StepClock
-    from lightning_hetero.plan import Forecast
-
 ROWS = "sweep_rows"
 """Folder of the rows, in that of the sweep."""
-
-_log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -46,11 +37,12 @@ def run(cfg: DictConfig) -> float | None:
     try:
         finished = job.run(cfg)
     except Exception as error:
-        row.status = INFEASIBLE if isinstance(error, InfeasiblePlanError) else FAILED
-        row.reason = _reason(error, row)
+        failed(row, error, "train")
     else:
         row.metric = finished.metric
-        row.take(finished.clock, _forecast(cfg, finished.clock))
+        from lightning_hetero.cli.forecast import forecast_of  # torch, which --help should not wait for
+
+        row.take(finished.clock, forecast_of(cfg, finished.clock))
     row.write(rows_folder(hydra))
     return row.metric
 
@@ -58,24 +50,3 @@ def run(cfg: DictConfig) -> float | None:
 def rows_folder(hydra: Any) -> Path:
     """Where the jobs of a sweep leave their rows, whatever the current directory is."""
     return Path(str(hydra.runtime.cwd), str(hydra.sweep.dir), ROWS)
-
-
-def _forecast(cfg: DictConfig, clock: StepClock) -> Forecast | None:
-    from lightning_hetero.cli.forecast import forecast_of  # torch, which --help should not wait for
-
-    try:
-        return forecast_of(cfg, clock)
-    except Exception:  # of the user's model, built once more without memory: the job itself has succeeded
-        _log.warning("no prediction for this job", exc_info=True)
-        return None
-
-
-def _reason(error: Exception, row: SweepRow) -> str:
-    """What to write into the row, and into the log of the job."""
-    if isinstance(error, EXPECTED):
-        reason = explain(error, row.overrides, "train")
-        _log.error("job %d failed: %s", row.job, reason)
-    else:
-        reason = f"{type(error).__name__}: {error}"
-        _log.exception("job %d failed", row.job)
-    return reason

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_hetero.cli.application import EXPECTED
+from lightning_hetero.cli.explain import causes, explain
+from lightning_hetero.errors import HeteroError, InfeasiblePlanError
+
 if TYPE_CHECKING:
     from lightning_hetero.cli.step_clock import StepClock
     from lightning_hetero.plan import Forecast, Plan
+
+_log = logging.getLogger(__name__)
 
 OK = "ok"
 INFEASIBLE = "infeasible"
@@ -68,6 +75,15 @@ class SweepRow:
         temporary = folder / f".{self.job}.tmp"  # a sweep that is stopped leaves whole rows
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(folder / f"{self.job}.json")
+
+
+def failed(row: SweepRow, error: Exception, command: str) -> None:
+    """Write into the row why it has no numbers; and into the log, with the traceback if it is not ours."""
+    ours = next((cause for cause in causes(error) if isinstance(cause, HeteroError)), None)
+    row.status = INFEASIBLE if isinstance(ours, InfeasiblePlanError) else FAILED
+    expected = isinstance(error, EXPECTED)
+    row.reason = explain(error, row.overrides, command) if expected else f"{type(error).__name__}: {error}"
+    _log.error("job %d %s: %s", row.job, row.status, row.reason, exc_info=error if ours is None else None)
 
 
 def read_rows(folder: Path) -> list[SweepRow]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -75,3 +77,31 @@ def test_the_package_runs_as_a_module_and_hands_on_the_exit_code(
     ran = run_python("-m", "lightning_hetero.cli", "devices", "--devices", "cpu@speed=0")
     assert ran.returncode == 1
     assert ran.stderr.startswith("lightning-hetero devices: 'cpu@speed=0': ")
+
+
+@pytest.mark.parametrize(
+    ("line", "codes"),
+    [
+        ("devices --devices cpu", {141}),
+        ("devices --devices cpu --json", {141}),
+        ("plan --help", {141}),
+        ("train --cfg job", {141}),
+        ("--help", {0, 141}),  # argparse keeps it to itself that nobody read its help
+        ("devices --help", {0, 141}),
+    ],
+)
+def test_a_reader_that_has_gone_is_no_error(line: str, codes: set[int]) -> None:
+    # As with `... | head`, only that nobody reads at all: the end to read from is closed before there is a word.
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "wb") as nobody:
+        ran = subprocess.run(
+            [sys.executable, "-m", "lightning_hetero.cli", *line.split()],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert ran.stderr == ""
+    assert ran.returncode in codes

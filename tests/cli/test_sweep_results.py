@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -83,23 +84,28 @@ def test_what_fails_is_a_row_and_the_sweep_goes_on(command: Command) -> None:
 
 
 def test_a_mistake_in_the_users_code_is_a_row_with_its_type_and_a_traceback_in_the_log(command: Command) -> None:
-    Path("mine.py").write_text(
+    Path("picky.py").write_text(
         "from lightning_hetero.demos.digits import DigitsCNN\n"
         "class Picky(DigitsCNN):\n"
         "    def __init__(self, lr):\n"
         "        super().__init__(lr=lr)\n"
         "        self.bad = lr > 1\n"
+        "        assert lr < 9\n"
         "    def training_step(self, batch, index):\n"
         "        if self.bad:\n"
         "            raise ZeroDivisionError('that much')\n"
         "        return super().training_step(batch, index)\n"
     )
-    outcome = command("train", "-m", *BRIEF, "model._target_=mine.Picky", "+model.lr=2.0,0.01")
-    bad, good = rows_of_csv()
+    outcome = command("train", "-m", *BRIEF, "model._target_=picky.Picky", "+model.lr=2.0,0.01,9.0")
+    bad, good, unmade = rows_of_csv()
     assert outcome.code == 1
     assert (bad["status"], bad["reason"], bad["model.lr"]) == ("failed", "ZeroDivisionError: that much", "2.0")
     assert (good["status"], good["model.lr"]) == ("ok", "0.01")
     assert "raise ZeroDivisionError('that much')" in (outcome.folders[0] / "train.log").read_text()
+    assert unmade["reason"].startswith("Error in call to target 'picky.Picky'")
+    assert "assert lr < 9" in (outcome.folders[2] / "train.log").read_text()
+    gc.collect()
+    assert [thing for thing in gc.get_objects() if type(thing).__name__ == "Picky"] == []
 
 
 def test_speed_can_be_what_a_sweep_looks_for_and_old_rows_are_forgotten(command: Command) -> None:
@@ -135,3 +141,35 @@ def test_columns_are_what_varied_and_all_devices() -> None:
     assert [*first] == [*second]
     assert (first["peak_bytes/cuda:0"], second["peak_bytes/cuda:0"], second["predicted_peak_bytes/cpu"]) == (5, None, 7)
     assert (first["x"], second["x"]) == (None, "3")
+
+
+def test_a_model_that_cannot_be_built_again_has_no_prediction_and_a_row_all_the_same(command: Command) -> None:
+    Path("once.py").write_text(
+        "from lightning_hetero.demos.digits import DigitsCNN\n"
+        "made = []\n"
+        "class Once(DigitsCNN):\n"
+        "    def __init__(self):\n"
+        "        if made:\n"
+        "            raise KeyError('only once')\n"
+        "        made.append(1)\n"
+        "        super().__init__()\n"
+    )
+    assert command("train", "-m", *BRIEF, "model._target_=once.Once").code == 0
+    (row,) = rows_of_csv()
+    assert (row["status"], row["predicted_step_s"]) == ("ok", "")
+    assert float(row["measured_step_s"]) > 0
+
+
+def test_a_sweep_that_is_interrupted_tells_of_the_jobs_that_ended(command: Command) -> None:
+    Path("stops.py").write_text(
+        "from lightning_hetero.demos.digits import DigitsCNN\n"
+        "class Stops(DigitsCNN):\n"
+        "    def __init__(self, lr):\n"
+        "        super().__init__(lr=lr)\n"
+        "        if lr > 1:\n"
+        "            raise KeyboardInterrupt\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        command("train", "-m", *BRIEF, "model._target_=stops.Stops", "+model.lr=0.01,2.0,0.02")
+    (row,) = rows_of_csv()
+    assert (row["job"], row["status"]) == ("0", "ok")

@@ -68,7 +68,7 @@ def test_every_file_opens_with_commands_that_use_it_and_that_compose(path: Path)
         sweep = words[:1] == ["-m"]
         first = [re.sub(r",\w+$", "", word) if sweep else word for word in words if word != "-m"]
         cfg = composed(*first, command=command)
-        if command in ("train", "plan"):
+        if command in ("train", "plan", "compare"):
             check_groups(cfg)
     if path in GROUP_FILES:
         assert any(f"{group_of(path)}={path.stem}" in words for _, words in shown) or path.parent.name == "trainer"
@@ -157,3 +157,17 @@ def test_the_emulated_devices_are_three_unequal_ones() -> None:
         ("emulated:1", 0.5, 2**30, 1),
         ("emulated:2", 0.25, 2**29, 1),
     ]
+
+
+def lines_of_the_docs() -> list[str]:
+    pages = (conf_dir().parent / "docs" / name for name in ("cli.md", "hydra.md"))
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    return [line for line in lines if re.match("lightning-hetero (plan|simulate|compare) ", line)]
+
+
+@pytest.mark.parametrize("line", lines_of_the_docs())
+def test_every_command_of_the_docs_composes(line: str) -> None:
+    _, command, *words = shlex.split(line, comments=True)
+    cfg = composed(*words, command=command)
+    if command != "simulate":
+        check_groups(cfg)
