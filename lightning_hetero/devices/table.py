@@ -28,7 +28,7 @@ def _row(device: DeviceSpec) -> tuple[str, ...]:
         device.name,
         device.kind,
         f"{usable} of {format_bytes(total_bytes)}" if total_bytes not in (None, device.memory_bytes) else usable,
-        f"{device.speed:g}",
+        f"{device.speed:.3g}" if device.speed < 1000 else f"{device.speed:.0f}",
         "" if device.threads is None else str(device.threads),
         " ".join(device.dtypes) or "?",
         "yes" if device.trainable else "no",

@@ -27,11 +27,11 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> str:
 
 def _process(pid: int, title: str, timeline: Timeline) -> Iterator[_Event]:
     yield _name("process_name", title, pid, 0)
-    tid = 0
+    tid, start_s = 0, timeline.start_s
     for device in timeline.devices:
         for name, lane in ((device, timeline.work_of(device)), *_transfer_lanes(timeline, device)):
             yield _name("thread_name", name, pid, tid)
-            yield from (_complete(span, pid, tid, timeline.start_s) for span in lane)
+            yield from (_complete(span, pid, tid, start_s) for span in lane)
             tid += 1
 
 

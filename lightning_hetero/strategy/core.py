@@ -31,6 +31,7 @@ from lightning_hetero.schedule import get_schedule
 from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.arguments import known_arguments_only
 from lightning_hetero.strategy.busy import BusyTable, busy_table
+from lightning_hetero.strategy.console import show_messages
 from lightning_hetero.strategy.first_steps import PROFILE, FirstSteps, can_gain, steps_left
 from lightning_hetero.strategy.memory import readable_out_of_memory
 from lightning_hetero.strategy.online import REPLAN, Online
@@ -53,6 +54,7 @@ from lightning_hetero.strategy.trial import in_effect
 from lightning_hetero.strategy.watch import Watch
 
 log = logging.getLogger(__name__)
+show_messages()
 
 
 class HeteroStrategyCore(ResumingCore, SpreadingCore):

@@ -123,6 +123,8 @@ class FirstSteps(Watch):
 
     def _plan_anew(self, recording: Recording) -> Plan | None:
         begun_s = time.perf_counter()
+        names = ", ".join(device.name for device in self.planning.inventory.trainable)
+        log.info("the model is measured on %s, to plan anew; this takes some seconds", names)
         try:
             inventory = measured_inventory(self.planning.inventory, profile=self._device_profile)
             self.planning = self.planning.on(inventory)

@@ -76,6 +76,9 @@ using at::IntArrayRef; // torch's lists name these without at::
 using at::Scalar;
 using at::ScalarType;
 using at::Tensor;
+#if __has_include(<ATen/core/Dimname.h>) // torch that has named tensors
+using at::DimnameList;
+#endif
 
 Tensor refuse_binary_cross_entropy(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t) {
   TORCH_CHECK(

@@ -1,0 +1,91 @@
+"""A program that configures no logging sees what the package has to say; one that does is left in charge."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lightning_hetero.strategy.console import NAME, Console, show_messages
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+ON_ONE_DEVICE = "hetero: The model fits on cpu, so it stays there."
+PROGRAM = """
+import lightning.pytorch as pl
+from lightning.pytorch.demos.boring_classes import BoringModel
+{before}
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+pl.Trainer(strategy="hetero", max_steps=1, **quiet).fit(BoringModel())
+"""
+
+
+def test_a_plain_program_is_told_why_the_plan_uses_one_device(run_python: RunPython) -> None:
+    done = run_python("-W", "ignore", "-c", PROGRAM.format(before=""), HETERO_DEVICES="cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(ON_ONE_DEVICE) == 1
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import logging; logging.getLogger('lightning_hetero').setLevel(logging.WARNING)",
+        "import logging; logging.getLogger('lightning_hetero').addHandler(logging.NullHandler())",
+        "import logging; logging.basicConfig(level=logging.WARNING, format='root: %(message)s')",
+    ],
+    ids=["level", "handler", "root"],
+)
+def test_what_the_program_configured_holds(before: str, run_python: RunPython) -> None:
+    done = run_python("-W", "ignore", "-c", PROGRAM.format(before=before), HETERO_DEVICES="cpu")
+    assert done.returncode == 0, done.stderr
+    assert "hetero: " not in done.stderr
+
+
+def test_who_reads_the_root_logger_reads_it_once(run_python: RunPython) -> None:
+    before = "import logging; logging.basicConfig(level=logging.INFO, format='root: %(message)s')"
+    done = run_python("-W", "ignore", "-c", PROGRAM.format(before=before), HETERO_DEVICES="cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(ON_ONE_DEVICE.removeprefix("hetero: ")) == 1
+    assert ON_ONE_DEVICE.replace("hetero:", "root:") in done.stderr
+
+
+def without_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program without pytest, which listens at the root."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging.getLogger(NAME), "handlers", [])
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(0, "hetero: one\nhetero: two\n"), (1, "hetero: two\n")])
+def test_other_processes_only_warn(
+    rank: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_handlers(monkeypatch)
+    monkeypatch.setattr(rank_zero_only, "rank", rank, raising=False)
+    console = Console()
+    console.setFormatter(logging.Formatter("hetero: %(message)s"))
+    for level, text in ((logging.INFO, "one"), (logging.WARNING, "two")):
+        console.handle(logging.LogRecord(NAME, level, __file__, 1, text, (), None))
+    assert capsys.readouterr().err == shown
+
+
+def test_it_writes_to_the_stderr_of_the_moment_and_survives_a_closed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        def write(self, text: str) -> None:
+            raise ValueError("I/O operation on closed file")
+
+    without_handlers(monkeypatch)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    Console().handle(logging.LogRecord(NAME, logging.WARNING, __file__, 1, "text", (), None))
+
+
+def test_it_is_attached_once() -> None:
+    logger = logging.getLogger(NAME)
+    show_messages()
+    before = list(logger.handlers)
+    show_messages()
+    assert logger.handlers == before
+    assert sum(isinstance(handler, Console) for handler in before) == 1
