@@ -1,11 +1,11 @@
-"""What the pipeline of an exported chain brings: a batch in micro-batches against the same chain stage by stage.
+"""What the pipeline of an exported chain brings, for a batch in micro-batches and for a stream of batches.
 
     python benchmarks/export.py
     python benchmarks/export.py --quick
 
-A perceptron of six wide layers, exported as two equal stages: once for torch, once for ONNX Runtime. Both ways through
-the chain take turns within the run. Every stage has one thread, so two free cores allow a ratio of 2 at most, and one
-core allows none.
+A perceptron of six wide layers, exported as two equal stages: once for torch, once for ONNX Runtime. The same chain,
+stage by stage, takes turns with both within the run. Every stage has one thread, so two free cores allow a ratio of 2
+at most, and one core allows none.
 """
 
 from __future__ import annotations
@@ -45,16 +45,30 @@ def main() -> None:
                 HeteroRuntime(where, micro_batches=MICRO_BATCHES) as piped,
             ):
                 assert torch.allclose(whole(x), piped(x), atol=1e-5)
-                rounds = [(seconds(whole, x), seconds(piped, x), seconds(whole, x)) for _ in range(repetitions)]
-        figures[f"{name}_pipelined_ratio"] = statistics.median(before / piped_s for before, piped_s, _ in rounds)
-        figures[f"{name}_noise_ratio"] = statistics.median(before / after for before, _, after in rounds)
-        figures[f"{name}_rows_per_s"] = ROWS / statistics.median(piped_s for _, piped_s, _ in rounds)
+                rounds = [measured(whole, piped, x) for _ in range(repetitions)]
+        figures[f"{name}_pipelined_ratio"] = statistics.median(before / piped_s for before, piped_s, *_ in rounds)
+        figures[f"{name}_noise_ratio"] = statistics.median(before / after for before, _, after, *_ in rounds)
+        figures[f"{name}_rows_per_s"] = ROWS / statistics.median(piped_s for _, piped_s, *_ in rounds)
+        figures[f"{name}_stream_ratio"] = statistics.median(one_by_one / stream for *_, one_by_one, stream in rounds)
     report(figures)
 
 
-def seconds(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
+def measured(whole: HeteroRuntime, piped: HeteroRuntime, x: torch.Tensor) -> tuple[float, ...]:
+    """Seconds of a batch whole, in micro-batches, and whole again; of small batches one by one, and as a stream."""
+    batches = x.chunk(MICRO_BATCHES)
+    ways = (
+        lambda: whole(x),
+        lambda: piped(x),
+        lambda: whole(x),
+        lambda: [whole(batch) for batch in batches],
+        lambda: list(whole.stream(batches)),
+    )
+    return tuple(map(seconds, ways))
+
+
+def seconds(run: Callable[[], object]) -> float:
     begin = perf_counter()
-    run(x)
+    run()
     return perf_counter() - begin
 
 

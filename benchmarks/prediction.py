@@ -8,7 +8,8 @@ ones, both so slow that they sleep most of the time, as devices of their own wou
 emulated accelerator with a model of its link ("accelerator"), whose allocator knows the peak. Every model is profiled
 once for all of its plans. These take turns, in two rounds, each time after some steps of warm-up; what counts is the
 median of all steps. Errors are relative to what was measured: the mean of their absolute values; ranks are
-compared over the plans of each model (Spearman), and the mean is taken.
+compared over the plans of each model (Spearman), and the mean is taken. The plans with everything on one device are one
+plan, whatever the number of micro-batches: how far their seconds are from their median is the noise of the machine.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ def placements(names: Sequence[str], one: str, other: str) -> list[dict[str, str
     ]
 
 
+def is_single(device_of: Mapping[str, str]) -> bool:
+    """Whether everything is on one device."""
+    return len(set(device_of.values())) == 1
+
+
 class Bench:
     """One model on some devices: its profile, and what its plans take.
 
@@ -119,7 +125,7 @@ class Bench:
         for _ in range(2):  # the first call is slower
             nn.functional.cross_entropy(module(self.x), self.y).backward()
         with Recording(module, self.graph) as recording:
-            nn.functional.cross_entropy(module(self.x), self.y)
+            recording.ends_in(nn.functional.cross_entropy(module(self.x), self.y))
         profile = measure_model(recording, inventory, call_overhead_s=CALL_OVERHEAD_S)
         self.costs = Costs(graph=self.graph, inventory=inventory, profile=profile)
 
@@ -191,7 +197,7 @@ def compare(
     where: str, inventory: Inventory, places: tuple[str, str], accelerator: EmulatedAccelerator | None, quick: bool
 ) -> dict[str, float]:
     """All plans on some devices."""
-    errors, ranks, memory, too_bright = [], [], [], 0
+    errors, ranks, noises, memory, too_bright = [], [], [], [], 0
     for name in list(MODELS)[: 2 if quick else None]:
         bench = Bench(name, inventory, places)
         plans = [
@@ -223,9 +229,17 @@ def compare(
                     memory.append(expected / peak - 1)
                     too_bright += expected < peak - ROUNDING_BYTES
                     print(f"{'':<12}dev:{index} predicted {expected / 2**20:7.2f} MiB, measured {peak / 2**20:7.2f}")
+        same = [
+            measured_s for (_, measured_s), (device_of, _) in zip(pairs, plans, strict=True) if is_single(device_of)
+        ]
+        noises += [abs(measured_s / statistics.median(same) - 1) for measured_s in same]
         errors += [abs(expected / measured_s - 1) for expected, measured_s in pairs]
         ranks.append(rank_correlation([a for a, _ in pairs], [b for _, b in pairs]))
-    figures = {f"{where}_step_error": statistics.mean(errors), f"{where}_rank": statistics.mean(ranks)}
+    figures = {
+        f"{where}_step_error": statistics.mean(errors),
+        f"{where}_rank": statistics.mean(ranks),
+        f"{where}_noise": max(noises),
+    }
     if memory:
         figures["memory_error"] = statistics.mean(map(abs, memory))
         figures["memory_worst"] = max(memory, key=abs)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         PlacementError,
         UnsupportedError,
     )
+    from lightning_hetero.export import HeteroRuntime, export, plan_deployment
     from lightning_hetero.parallel import ModelParallel, ModelParallelConfig
     from lightning_hetero.placement import PlacementPolicy, register_policy
     from lightning_hetero.plan import Plan, Stage
@@ -53,6 +54,7 @@ __all__ = [
     "HeteroAccelerator",
     "HeteroError",
     "HeteroMonitor",
+    "HeteroRuntime",
     "HeteroStrategy",
     "InfeasiblePlanError",
     "Inventory",
@@ -66,6 +68,8 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "discover",
+    "export",
+    "plan_deployment",
     "register_policy",
     "resolve_devices",
 ]
@@ -73,6 +77,7 @@ __all__ = [
 _HOMES = {
     "devices": ("DeviceSpec", "Inventory", "discover", "resolve_devices"),
     "errors": ("HeteroError", "InfeasiblePlanError", "InventoryError", "PlacementError", "UnsupportedError"),
+    "export": ("HeteroRuntime", "export", "plan_deployment"),
     "parallel": ("ModelParallel", "ModelParallelConfig"),
     "placement": ("PlacementPolicy", "register_policy"),
     "plan": ("Plan", "Stage"),
@@ -83,6 +88,8 @@ _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for nam
 
 def __getattr__(name: str) -> object:
     # Not kept in this module: which HeteroStrategy is meant depends on the Lightning that is loaded by then.
+    if name == "export":  # a package and a function; the package is called as the function is
+        return import_module(_HOME_OF[name])
     if name in _HOME_OF:
         return getattr(import_module(_HOME_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,6 +54,16 @@ MARKS_ON_CLASSES = {"__slotnames__": "copy", "___needs_generation_tag_patch": "t
 TOOL_CACHES = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
 
 
+try:
+    from absl import logging as absl_logging  # comes with tensorboard
+except ImportError:
+    pass
+else:
+    # Hydra configures logging anew, which closes all handlers there are; that of absl closes its stream with it,
+    # unless it is the process's own. It would be pytest's capture.
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
 def _threads() -> Things:
     """Threads that could outlive the test: those that keep Python alive, and all of our own."""
     ours = [t for t in threading.enumerate() if not t.daemon or "hetero" in t.name]
@@ -106,8 +116,17 @@ def _is_dynamos(value: object) -> bool:
     return getattr(value, "__module__", "") == "torch._dynamo.mutation_guard"
 
 
+def _current_device() -> int:
+    """The accelerator device that tensors without an index are made on, in this thread."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or (accelerator.type == "cuda" and not torch.cuda.is_initialized()):
+        return 0  # asking would initialise it
+    return torch.accelerator.current_device_index()
+
+
 def _torch_state() -> Things:
     return {
+        "current device": _current_device(),
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -251,10 +270,17 @@ def run_python(pytestconfig: pytest.Config, tmp_path: Path) -> Callable[..., sub
     return run
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but `pytest -m cuda`: torch serves CUDA or the emulated accelerator, not both."""
+    chosen = str(config.option.markexpr)
+    if "cuda" not in chosen or "not cuda" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs CUDA where there is none."""
     if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+        skip = pytest.mark.skip(reason="no CUDA device, or not asked for by pytest -m cuda")
         for item in items:
             if "cuda" in item.keywords and item.get_closest_marker("cuda"):
                 item.add_marker(skip)

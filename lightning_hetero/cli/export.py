@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_hetero.export import Manifest
 
 _REQUIRED = ("checkpoint", "module", "directory")
+_PATHS = ("checkpoint", "directory", "plan")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; 1 after a failure that was explained on stderr.
     """
-    return run_application("export", export_checkpoint, argv)
+    return run_application("export", export_checkpoint, [_quoted(word) for word in argv])
 
 
 def export_checkpoint(cfg: DictConfig) -> None:
@@ -60,6 +61,12 @@ def export_checkpoint(cfg: DictConfig) -> None:
         overwrite=keys["overwrite"],
     )
     print(summary(manifest))
+
+
+def _quoted(word: str) -> str:
+    """A path with an equals sign in quotes, or Hydra would read it as its own: Lightning's "epoch=1-step=40.ckpt"."""
+    key, _, value = word.partition("=")
+    return f"{key}='{value}'" if key in _PATHS and "=" in value and value[0] not in "'\"" else word
 
 
 def summary(manifest: Manifest) -> str:

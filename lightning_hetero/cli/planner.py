@@ -17,17 +17,18 @@ from torch import nn
 
 from lightning_hetero.cli.example import Example, example_of
 from lightning_hetero.cli.explain import near
-from lightning_hetero.cli.shapes import count_work
-from lightning_hetero.cli.workload import Workload
 from lightning_hetero.devices import Inventory, measured_inventory, resolve_devices
 from lightning_hetero.devices.presets import describes_hardware, with_assumptions
 from lightning_hetero.errors import ProfileError, UsageError
+from lightning_hetero.export.deploy import as_deployment, converted
 from lightning_hetero.graph import ModelGraph
 from lightning_hetero.graph.find import find_units
 from lightning_hetero.placement import PlacementPolicy, Problem, make_plans
 from lightning_hetero.placement.problem import OBJECTIVES
 from lightning_hetero.plan import Plan, check_plan
 from lightning_hetero.plan.forecast import FORWARD, WHOLE
+from lightning_hetero.profile.count import count_work
+from lightning_hetero.profile.workload import Workload
 from lightning_hetero.strategy.options import (
     as_constraints,
     as_policy,
@@ -54,6 +55,8 @@ class Circumstances:
         optimizer_factor: Bytes of its state for each byte of trained parameter.
         dtype: Of the parameters.
         terms: What the user has laid down, and what is left to the plan.
+        deployment: Whether the model is exported, and may stand on devices that only run exported models.
+        convert_precision: Whether it may stand there in another dtype.
     """
 
     rows: int | None
@@ -61,6 +64,8 @@ class Circumstances:
     optimizer_factor: float
     dtype: str
     terms: Terms
+    deployment: bool = False
+    convert_precision: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,12 +137,20 @@ class Planner:
             time_limit_s=now.terms.time_limit_s,
             out_of_time=lambda: time.monotonic() > end_s,
         )
+        if now.deployment:
+            problem = self._deployed(problem, module, now)
         if exceeds_all_memory(problem):  # then nothing is to be found, only something to be shown
             end_s = min(end_s, time.monotonic() + _HOPELESS_S)
         plans = make_plans(self._policy, problem)
         check_plan(plans[0], graph)
+        notes += tuple(converted(plans[0], now.dtype)) if now.deployment else ()
         first = replace(plans[0], notes=(*plans[0].notes, *notes, *self._assumptions))
         return Planned(plans=(first, *plans[1:]), graph=graph, inventory=self.inventory, workload=workload)
+
+    def _deployed(self, problem: Problem, module: nn.Module, now: Circumstances) -> Problem:
+        example = self._example.with_rows(now.rows, now.dtype)
+        call = dict(example.kwargs) if example.kwargs else example.args
+        return as_deployment(problem, module, call, convert_precision=now.convert_precision)
 
     def is_hopeless(self, circumstances: Circumstances) -> bool:
         """Whether parameters, gradients and optimizer state alone are more than all devices hold together."""
@@ -197,12 +210,17 @@ def _circumstances(cfg: DictConfig) -> Circumstances:
         raise UsageError(f"rows={rows!r} must be a whole number from 1 on: the rows of a batch")
     if not isinstance(cfg.training, bool):
         raise UsageError(f"training={cfg.training!r} must be true or false")
+    deployment = {key: cfg.get(key, False) for key in ("deployment", "convert_precision")}
+    for key, value in deployment.items():
+        if not isinstance(value, bool):
+            raise UsageError(f"{key}={value!r} must be true or false")
     schedule = cfg.schedule
     in_parts = one_of("schedule.micro_batching", schedule.micro_batching, ("forward", "step")) == "step"
     rule = schedule_for(schedule.rule, schedule.micro_batching)
     return Circumstances(
         rows=rows,
-        training=cfg.training,
+        training=cfg.training and not deployment["deployment"],
+        **deployment,
         optimizer_factor=_optimizer_factor(cfg.optimizer),
         dtype=one_of("dtype", cfg.dtype, DTYPES),
         terms=Terms(
@@ -247,7 +265,7 @@ def _inventory(cfg: DictConfig) -> tuple[Inventory, tuple[str, ...]]:
 def exceeds_all_memory(problem: Problem) -> bool:
     """Whether what stays through a run is more than all devices hold together."""
     need_bytes = problem.need_bytes(problem.graph.units) + problem.loose_bytes
-    return need_bytes > sum(device.memory_bytes for device in problem.inventory.trainable)
+    return need_bytes > sum(device.memory_bytes for device in problem.candidates)
 
 
 def _plain(value: Any) -> Any:

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_hetero.cli.workload import Workload
 from lightning_hetero.devices import Inventory
 from lightning_hetero.errors import PlanFileError, ProfileError
 from lightning_hetero.graph.model import ModelGraph, Unit
 from lightning_hetero.plan import Plan
+from lightning_hetero.profile.workload import Workload
 
 if TYPE_CHECKING:
     from lightning_hetero.cli.planner import Planned

@@ -25,7 +25,7 @@ from lightning_hetero.devices.spec import DeviceSpec, Link, NumaNode
 from lightning_hetero.errors import InventoryError
 
 # Processors that run an exported model but that torch cannot train on.
-DEPLOYMENT_KINDS = ("dla", "fpga", "dpu", "qnn", "npu-openvino", "gpu-openvino", "fpga-openvino")
+DEPLOYMENT_KINDS = ("dla", "fpga", "vitis", "qnn", "intel-npu", "onnx", "openvino", "aoti", "torchscript")
 
 _DEVICE_KEYS = {
     "name": Key("name", read_text),

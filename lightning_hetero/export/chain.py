@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_hetero.errors import TargetError, UsageError
-from lightning_hetero.export.manifest import Manifest, StageRecord, Value
+from lightning_hetero.export.call import result_of, tensors_of, values_of
+from lightning_hetero.export.manifest import Manifest, StageRecord
 from lightning_hetero.export.pipeline import Pipeline, Values
-from lightning_hetero.export.structure import describe, rebuild
 from lightning_hetero.export.targets import Run, find_target, opens
+from lightning_hetero.export.trace import arguments
 from lightning_hetero.placement.names import did_you_mean
 from lightning_hetero.schedule.rows import split_rows
 
@@ -64,25 +66,34 @@ class HeteroRuntime:
         Raises:
             UsageError: The arguments are not those that the model was exported with, but for the size of the batch.
         """
-        leaves: list[Tensor] = []
-        structure = describe((args, kwargs), leaves, "the call")
-        if structure != self.manifest.input_structure:
-            raise UsageError(
-                f"{self.manifest.model} was exported for arguments that nest as {self.manifest.input_structure}, "
-                f"got {structure}. Pass them in the same way, positional or by keyword, with the same constants."
-            )
-        rows = _rows(self.manifest, leaves)
-        values = [
-            {
-                value.name: leaf[part] if value.batch_dim == 0 and part is not None else leaf
-                for value, leaf in zip(self.manifest.inputs, leaves, strict=True)
-            }
-            for part in self._parts(rows)
-        ]
-        results = self._pipeline.run(values)
-        place = leaves[0].device if leaves else torch.device("cpu")
-        joined = [_join(value, [result[value.name] for result in results]).to(place) for value in self.manifest.outputs]
-        return rebuild(self.manifest.output_structure, joined)
+        leaves, rows = tensors_of(self.manifest, args, kwargs)
+        results = self._pipeline.run([values_of(self.manifest, leaves, part) for part in self._parts(rows)])
+        return result_of(self.manifest, leaves, results)
+
+    def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Run batches that follow each other through the chain, each stage at work on another one.
+
+        Batches go through whole, so this also overlaps stages where rows depend on each other. As many are on their
+        way as there are stages, and one more.
+
+        Args:
+            batches: A tensor each; or a tuple of positional arguments, or a mapping of keyword arguments.
+
+        Yields:
+            What `self(batch)` returns, in order.
+
+        Raises:
+            UsageError: As for a call.
+        """
+        under_way: deque[tuple[list[Tensor], Future[Values]]] = deque()
+        for batch in batches:
+            leaves, _ = tensors_of(self.manifest, *arguments(batch))
+            under_way.append((leaves, self._pipeline.submit(values_of(self.manifest, leaves))))
+            if len(under_way) > len(self.manifest.stages):
+                leaves, end = under_way.popleft()
+                yield result_of(self.manifest, leaves, [end.result()])
+        for leaves, end in under_way:
+            yield result_of(self.manifest, leaves, [end.result()])
 
     def close(self) -> None:
         """End the threads of the stages. Calling it again does no harm."""
@@ -145,33 +156,3 @@ def _step(stage: StageRecord, run: Run) -> Any:
         return {**values, **dict(zip(gives, run([values[name] for name in takes]), strict=True))}
 
     return step
-
-
-def _rows(manifest: Manifest, leaves: Sequence[Tensor]) -> int | None:
-    """Rows of the batch; None if it is fixed."""
-    rows: int | None = None
-    for value, leaf in zip(manifest.inputs, leaves, strict=True):
-        if str(leaf.dtype) != f"torch.{value.dtype}":
-            raise UsageError(
-                f"{value.name} must have dtype {value.dtype}, got {str(leaf.dtype).removeprefix('torch.')}"
-            )
-        fits = leaf.ndim == len(value.shape) and all(
-            size in (None, found) for size, found in zip(value.shape, leaf.shape, strict=True)
-        )
-        if not fits or (value.batch_dim == 0 and rows not in (None, len(leaf))):
-            wanted = ", ".join("rows" if size is None else str(size) for size in value.shape)
-            raise UsageError(
-                f"{value.name} must have shape ({wanted}){f' with {rows} rows' if rows else ''}, "
-                f"got {tuple(leaf.shape)}"
-            )
-        rows = len(leaf) if value.batch_dim == 0 else rows
-    if rows == 0:
-        raise UsageError("the batch has no rows; give at least one")
-    return rows
-
-
-def _join(value: Value, parts: list[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    assert value.batch_dim is not None  # rows are independent only then
-    return torch.cat(parts, dim=value.batch_dim)

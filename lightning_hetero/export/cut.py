@@ -56,10 +56,8 @@ def cut(
         root: Name of the device for a program without units.
     """
     names = _names(program.graph)
-    work = [node for node in program.graph.nodes if _is_tensor_work(node)]
-    units = {node: _unit(node, unit_of) for node in work}
-    devices = _devices(work, {node: device_of[unit] for node, unit in units.items() if unit is not None}, root)
-    runs = list(_runs(work, devices))
+    units, devices = places(program, unit_of, device_of, root)
+    runs = list(_runs(list(units), devices))
     (output,) = (node for node in program.graph.nodes if node.op == "output")
     results = [node for node in output.args[0] if isinstance(node, fx.Node)]
     if not runs:  # a module that only hands its arguments on
@@ -76,6 +74,15 @@ def cut(
         for run, need, give in zip(runs, needs, wanted, strict=True)
     ]
     return pieces, tuple(names[node] for node in results)
+
+
+def places(
+    program: fx.GraphModule, unit_of: UnitOf, device_of: Mapping[str, str], root: str
+) -> tuple[dict[fx.Node, str | None], dict[fx.Node, str]]:
+    """The unit, or None, and the device of every operation that computes tensors, in order; see `cut`."""
+    work = [node for node in program.graph.nodes if _is_tensor_work(node)]
+    units = {node: _unit(node, unit_of) for node in work}
+    return units, _devices(work, {node: device_of[unit] for node, unit in units.items() if unit is not None}, root)
 
 
 def _names(graph: fx.Graph) -> dict[fx.Node, str]:

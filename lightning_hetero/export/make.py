@@ -10,13 +10,16 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_hetero
+from lightning_hetero.devices.spec import DeviceSpec
 from lightning_hetero.errors import TargetError
 from lightning_hetero.export.cut import Piece, UnitOf, cut
+from lightning_hetero.export.deploy import target_of
 from lightning_hetero.export.manifest import FILE, Manifest, StageRecord, Value, record_file
 from lightning_hetero.export.placed import device_names
+from lightning_hetero.export.rows import rows_are_independent
 from lightning_hetero.export.stage import examples_of, stage_program, value_of, with_parts
 from lightning_hetero.export.targets import Saved, StageProgram, find_target
 from lightning_hetero.export.trace import Trace, trace
@@ -24,6 +27,8 @@ from lightning_hetero.placement.names import REST, did_you_mean, listing
 from lightning_hetero.plan.plan import Plan
 
 DEFAULT_TARGET = "torch:cpu"
+AUTO = "auto"
+"""Targets that are the devices of the placement: "dla:0" for "dla:0", "torch:cuda:0" for "cuda:0"."""
 
 
 def export(
@@ -49,7 +54,8 @@ def export(
             tensor; at least two rows.
         targets: One target for all stages, or a target for each stage ("stage0") or source device ("cuda:0"), with ""
             or "*" for the others. Targets are written `family:device`: "torch:cpu", "onnx:CPUExecutionProvider",
-            "openvino:CPU", "aoti:cpu", "torchscript:cpu".
+            "openvino:CPU", "aoti:cpu", "torchscript:cpu". "auto": each stage for the device that the placement names,
+            as in a plan of `plan_deployment`.
         placement: The plan of the training, or a new device map for the deployment, module name to any name of a
             device, with "" for the rest. None: where the parameters are now.
         affinity: For targets that spread a stage over devices themselves ("openvino:HETERO:GPU,CPU"): module name to
@@ -71,6 +77,8 @@ def export(
     spread = device_names(module, affinity)[1] if affinity is not None else {}
     traced = trace(module, example_inputs, dynamic_batch=dynamic_batch)
     pieces, results = cut(traced.program, unit_of, device_of, root)
+    if targets == AUTO:
+        targets = {piece.device: _target_on(piece.device, placement) for piece in pieces}
     chosen = _targets(targets, pieces)
     for target in chosen:
         find_target(target)  # before the work, not after the half of it
@@ -116,7 +124,7 @@ def _write(
     manifest = Manifest(
         model=type(module).__name__,
         made_with=_versions(targets),
-        rows_independent=_rows_independent(traced, [known[name] for name in results]),
+        rows_independent=rows_are_independent(traced, [known[name] for name in results]),
         stages=tuple(stages),
         inputs=inputs,
         outputs=tuple(known[name] for name in results),
@@ -176,6 +184,17 @@ def _targets(targets: str | Mapping[str, str], pieces: Sequence[Piece]) -> list[
     return [target for target in chosen if target is not None]
 
 
+def _target_on(device: str, placement: Plan | Mapping[str, str] | None) -> str:
+    """The target that a device of the placement is."""
+    if isinstance(placement, Plan):
+        return target_of(placement.inventory[device])
+    try:
+        place = str(torch.device(device))
+    except RuntimeError:  # torch has no type of this name
+        place = None
+    return target_of(DeviceSpec(name=device, kind="", memory_bytes=1, torch_device=place, trainable=place is not None))
+
+
 def _versions(targets: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     packages = {name for target in targets for name in find_target(target)[0].packages.values()}
     found = [("lightning-hetero", lightning_hetero.__version__), ("torch", torch.__version__)]
@@ -185,38 +204,3 @@ def _versions(targets: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         except PackageNotFoundError:  # another build of it, under another name
             found.append((package, "unknown"))
     return tuple(found)
-
-
-def _rows_independent(traced: Trace, outputs: Sequence[Value]) -> bool:
-    """Whether rows in two parts give what they give together."""
-    if traced.batch is None or any(output.batch_dim is None for output in outputs):
-        return False
-    # Equal rows would not show that a model subtracts the mean of its batch.
-    rng = torch.Generator().manual_seed(0)
-    inputs = [
-        tensor + torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype) if tensor.is_floating_point() else tensor
-        for tensor in traced.examples
-    ]
-    first = traced.rows // 2
-    with torch.no_grad():
-        whole = traced.program(*inputs)
-        parts = [
-            traced.program(*(tensor[rows] if _is_batched(tensor, traced) else tensor for tensor in inputs))
-            for rows in (slice(0, first), slice(first, None))
-        ]
-    return all(
-        _close(output, together, [part[i] for part in parts])
-        for i, (output, together) in enumerate(zip(outputs, whole, strict=True))
-    )
-
-
-def _is_batched(tensor: Tensor, traced: Trace) -> bool:
-    return tensor.ndim > 0 and len(tensor) == traced.rows
-
-
-def _close(output: Value, whole: Tensor, parts: Sequence[Tensor]) -> bool:
-    joined = torch.cat(list(parts), dim=output.batch_dim or 0)
-    if not whole.is_floating_point():
-        return torch.equal(joined, whole)
-    scale = float(whole.abs().max()) if whole.numel() else 0.0
-    return joined.shape == whole.shape and torch.allclose(joined, whole, rtol=1e-4, atol=1e-5 * scale)

@@ -34,20 +34,22 @@ class Pipeline:
         """
         if len(micro_batches) == 1 or len(self._steps) == 1:  # nothing to overlap
             return [self._straight(values) for values in micro_batches]
-        if not self._threads:
-            self._threads = [ThreadPoolExecutor(1, f"hetero-export-{index}") for index in range(len(self._steps))]
-        ends = []
-        for values in micro_batches:
-            ready: Future[Values] = Future()
-            ready.set_result(values)
-            for thread, step in zip(self._threads, self._steps, strict=True):
-                ready = thread.submit(partial(_after, ready, step))
-            ends.append(ready)
+        ends = [self.submit(values) for values in micro_batches]
         errors = [end.exception() for end in ends]  # waits for all, so that nothing runs on after an error
         error = next((error for error in errors if error is not None), None)
         if error is not None:
             raise error
         return [end.result() for end in ends]
+
+    def submit(self, values: Values) -> Future[Values]:
+        """Send a micro-batch on its way, behind those that were sent before."""
+        if not self._threads:
+            self._threads = [ThreadPoolExecutor(1, f"hetero-export-{index}") for index in range(len(self._steps))]
+        ready: Future[Values] = Future()
+        ready.set_result(values)
+        for thread, step in zip(self._threads, self._steps, strict=True):
+            ready = thread.submit(partial(_after, ready, step))
+        return ready
 
     def close(self) -> None:
         """End the threads."""

@@ -24,15 +24,20 @@ def device_names(module: nn.Module, placement: Plan | Mapping[str, str] | None) 
     Raises:
         PlacementError: The plan is of another model, or the map names modules that do not exist, or leaves some out.
     """
-    graph = find_units(module)
     if isinstance(placement, Plan):
-        device_of, root = _of_plan(graph, placement, type(module).__name__), placement.root.name
-    elif placement is not None:
+        known = dict(module.named_modules())
+        graph = find_units(module, [name for name in placement.device_of if name in known])  # some were kept whole
+        return unit_finder(graph), _of_plan(graph, placement, type(module).__name__), placement.root.name
+    graph = find_units(module)
+    if placement is not None:
         device_of = _of_map(graph, placement)
-        root = next(iter(device_of.values()), "cpu")
     else:
         device_of = {unit.name: _place(module.get_submodule(unit.name)) for unit in graph.units}
-        root = next(iter(device_of.values()), "cpu")
+    return unit_finder(graph), device_of, next(iter(device_of.values()), "cpu")
+
+
+def unit_finder(graph: ModelGraph) -> UnitOf:
+    """Finds the unit around a module."""
     names = {name: unit.name for unit in graph.units for name in (unit.name, *unit.aliases)}
 
     def unit_of(path: str) -> str | None:
@@ -42,7 +47,7 @@ def device_names(module: nn.Module, placement: Plan | Mapping[str, str] | None) 
             path = path.rpartition(".")[0]
         return None
 
-    return unit_of, device_of, root
+    return unit_of
 
 
 def _of_plan(graph: ModelGraph, plan: Plan, model: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from lightning_hetero.errors import ArtifactError, UnsupportedError
 
@@ -36,6 +36,11 @@ def describe(value: object, leaves: list[Tensor], where: str) -> Structure:
         return {type(value).__name__: [describe(item, leaves, where) for item in items]}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: describe(item, leaves, where) for key, item in value.items()}}
+    if isinstance(value, SymInt):
+        raise UnsupportedError(
+            f"{where} holds a number that follows the size of the batch. Leave it out, make a tensor of it, or fix the "
+            "batch with dynamic_batch=False."
+        )
     raise UnsupportedError(
         f"{where} holds a {type(value).__name__}, which cannot be written down without code. "
         "Use tensors, numbers and texts in tuples, lists and dicts (with texts for keys)."

@@ -46,7 +46,7 @@ def trace(module: nn.Module, example_inputs: object, *, dynamic_batch: bool = Tr
     """Capture the `forward` of a module.
 
     Args:
-        module: Stays as it is. Its parameters may be on any devices.
+        module: Stays as it is. Its parameters may be on any devices; on "meta", the program has shapes and no values.
         example_inputs: A tuple or list of positional arguments, a mapping of keyword arguments, or one tensor.
             Tensors have the batch as dimension 0; all whose first dimension has its size get an open one.
         dynamic_batch: False fixes the batch at the size of the example.
@@ -57,10 +57,10 @@ def trace(module: nn.Module, example_inputs: object, *, dynamic_batch: bool = Tr
     """
     name = type(module).__name__
     _check_released(module, name)
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     leaves: list[Tensor] = []
     inputs = describe((args, kwargs), leaves, f"example_inputs of {name}")
-    examples = tuple(leaf.detach().cpu() for leaf in leaves)
+    examples = tuple(leaf.detach() if leaf.is_meta else leaf.detach().cpu() for leaf in leaves)
     rows = _rows(examples, name, dynamic_batch)
     flat = _Flat(module, inputs, name)
     opened = tuple(
@@ -124,7 +124,8 @@ def _check_released(module: nn.Module, name: str) -> None:
         )
 
 
-def _arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, from what `trace` takes."""
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     if isinstance(example_inputs, Mapping):
@@ -151,7 +152,7 @@ def _on_cpu_in_eval(module: nn.Module) -> Iterator[None]:
         (inner, name, tensor)
         for inner in module.modules()
         for name, tensor in [*inner._parameters.items(), *inner._buffers.items()]
-        if tensor is not None and tensor.device.type != "cpu"
+        if tensor is not None and tensor.device.type not in ("cpu", "meta")
     ]
     try:
         module.eval()

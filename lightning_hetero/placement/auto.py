@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lightning_hetero.placement.compare import compare, is_hopeful
@@ -10,10 +11,12 @@ from lightning_hetero.placement.explain_choice import explain_choice
 from lightning_hetero.placement.found import as_placement
 from lightning_hetero.placement.judge import Judge, Priced
 from lightning_hetero.placement.memory_first import MemoryFirstPolicy
+from lightning_hetero.placement.names import listing
 from lightning_hetero.placement.pieces import device_map, pieces_of
 from lightning_hetero.placement.policy import Placement, register_policy
 from lightning_hetero.placement.problem import Problem
 from lightning_hetero.placement.refuse import infeasible
+from lightning_hetero.plan.forecast import FORWARD
 
 LEAST_GAIN = 0.03
 CLOSE = 0.05
@@ -55,10 +58,20 @@ class AutoPolicy:
         notes, alternatives = explain_choice(judge, best, winner, found.singles, found.asked, self.least_gain)
         return replace(
             as_placement(judge, best),
-            notes=(*notes, *constraint_costs(judge, best), *judge.stopped_note()),
+            notes=(*notes, *_coupled(problem), *constraint_costs(judge, best), *judge.stopped_note()),
             proof=found.asked[winner].proof if winner in found.asked else "",
             alternatives=alternatives,
             finalists=tuple(as_placement(judge, rival) for rival in _rivals(judge, best, home)),
+        )
+
+
+def _coupled(problem: Problem) -> Iterator[str]:
+    """Why batches were not cut, if rows depend on each other."""
+    if problem.coupled and FORWARD in problem.schedules:
+        use = "uses" if len(problem.coupled) == 1 else "use"
+        yield (
+            f"Batches are not cut: {listing(problem.coupled)} {use} the mean and variance of the whole batch. "
+            "batch_norm='defer' takes those of micro-batches."
         )
 
 

@@ -59,7 +59,7 @@ def check_names(problem: Problem) -> None:
             check_module_name(key, graph, "together")
     for key in rules.private:
         check_module_name(key, graph, "private")
-    able = [device.name for device in problem.inventory.trainable]
+    able = [device.name for device in problem.candidates]
     asked = [(f"pins, entry {key!r}", device) for key, device in rules.pins.items()]
     asked += [("forbidden", device) for device in rules.forbidden if device not in problem.inventory]
     asked += [("trusted", device) for device in rules.trusted or () if device not in problem.inventory]
@@ -89,11 +89,15 @@ def check_names(problem: Problem) -> None:
 def rules_for(problem: Problem) -> dict[str, list[Rule]]:
     """The rules that hold for every unit, by its name; what `together` asks is not among them."""
     constraints = problem.constraints
-    every = frozenset(device.name for device in problem.inventory.trainable)
+    every = frozenset(device.name for device in problem.candidates)
     seen = _see_the_batch(problem) if constraints.trusted is not None else {}
     found = {}
     for unit in problem.graph.units:
-        rules = []
+        rules = [
+            Rule(every - {device}, f"cannot stand on {device}, which {refused[unit.name]}")
+            for device, refused in problem.refused.items()
+            if unit.name in refused
+        ]
         if constraints.forbidden:
             rules.append(Rule(every - set(constraints.forbidden), f"must not use {', '.join(constraints.forbidden)}"))
         key = longest(constraints.pins, unit)

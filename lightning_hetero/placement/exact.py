@@ -103,7 +103,7 @@ def _solved(judge: Judge) -> dict[Priced, str]:
     for ways in sorted(_alike(judge.executions), key=lambda ways: abs(log2(ways[0].micro_batches / LIKELY))):
         if judge.time_is_up():
             break
-        by_way[ways] = _answers(judge, ways, ("step_formula",))
+        by_way[ways] = _answers(judge, ways, ("max_load",) if judge.problem.is_stream else ("step_formula",))
     found = {priced: proof for answers in by_way.values() for priced, proof in answers.items()}
     hopeful = [ways for ways, answers in by_way.items() if answers and ways[0].schedule != WHOLE]
     for ways in sorted(hopeful, key=lambda ways: best_of(by_way[ways]).key)[:WAYS]:

@@ -16,6 +16,8 @@ def executions(problem: Problem, rows: int) -> tuple[Execution, ...]:
     for schedule in dict.fromkeys(problem.schedules):
         if schedule == WHOLE:
             found += [Execution()] if counts[0] == 1 else []
+        elif schedule == FORWARD and problem.coupled and found:
+            continue  # it would run whole, which is among them
         elif schedule == FORWARD:
             again = {None: (False, True), True: (True,), False: (False,)}[problem.rematerialize]
             found += [

@@ -16,6 +16,7 @@ _NOUNS = {
     "latency": "seconds of the forward",
     "peak_memory": "the fullest device's share of memory",
 }
+_STREAM = "seconds from one batch of a stream to the next"
 
 
 def explain_choice(
@@ -50,7 +51,7 @@ def explain_choice(
     alternatives = tuple(
         Alternative(
             policy=name if name.startswith("single") else f"{name} ({in_words(priced.execution)})",
-            step_s=priced.forecast.step_s if priced.fits else None,
+            step_s=_step_s(judge, priced) if priced.fits else None,
             reason=_reason(priced, best, least_gain),
         )
         for name, priced in ordered
@@ -58,9 +59,13 @@ def explain_choice(
     return tuple(notes), alternatives
 
 
+def _step_s(judge: Judge, priced: Priced) -> float:
+    return priced.value if judge.problem.is_stream else priced.forecast.step_s
+
+
 def _verdict(judge: Judge, best: Priced, winner: str, least_gain: float) -> str:
     looked = f"of {judge.asked} simulated plans"
-    objective = _NOUNS[judge.problem.objective]
+    objective = _STREAM if judge.problem.is_stream else _NOUNS[judge.problem.objective]
     if winner == "single":
         is_better = f"saves {_percent(least_gain)}" if least_gain else "is better"
         others = f"none over several devices {is_better}" if len(judge.names) > 1 else "it is the best"

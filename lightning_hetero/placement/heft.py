@@ -47,6 +47,8 @@ def find(judge: Judge) -> Found:
         proofs[judge.best_execution(homes_of(judge, searched.plan))] = f"latency: {searched.proof}"
     except InfeasiblePlanError:
         pass
+    if problem.is_stream:  # what is proved of one batch says nothing of how often one leaves
+        proofs = dict.fromkeys(proofs, "")
     if not proofs:
         proofs = {judge.best_execution(fill(problem, judge.pieces)[0]): ""}
     start = best_of((*proofs, *judge.singles().values()))

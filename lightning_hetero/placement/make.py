@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from lightning_hetero.errors import InfeasiblePlanError, PlacementError
 from lightning_hetero.placement.constraints import check_constraints
+from lightning_hetero.placement.deployed import deployment_notes
 from lightning_hetero.placement.executions import executions, on_one_device
 from lightning_hetero.placement.objective import Objective
 from lightning_hetero.placement.policy import Placement, PlacementPolicy
@@ -58,17 +59,18 @@ def _plan(placement: Placement, policy: str, problem: Problem) -> Plan:
     execution, prediction = _predicted(placement, problem)
     if prediction is not None and not prediction.fits:
         raise infeasible(problem, prediction.forecast, execution, policy)
+    forecast = prediction.forecast if prediction is not None else None
     return build_plan(
         problem.graph,
         problem.inventory,
         placement.device_of,
         policy=policy,
         shares_of=placement.shares_of,
-        notes=placement.notes,
+        notes=(*placement.notes, *deployment_notes(problem, forecast)),
         training=problem.training,
         optimizer_factor=problem.optimizer_factor,
         execution=execution,
-        forecast=prediction.forecast if prediction is not None else None,
+        forecast=forecast,
         proof=placement.proof,
         alternatives=placement.alternatives,
         objective=problem.objective,

@@ -22,7 +22,15 @@ class Objective:
 
     def __init__(self, problem: Problem, profile: ModelProfile) -> None:
         self._word = problem.objective
-        self.costs = Costs(problem.graph, problem.inventory, profile, problem.training, problem.optimizer_factor)
+        self._is_stream = problem.is_stream
+        self.costs = Costs(
+            problem.graph,
+            problem.inventory,
+            profile,
+            problem.training,
+            problem.optimizer_factor,
+            problem.defers_batch_norm,
+        )
         self._forward = Costs(problem.graph, problem.inventory, profile, False, 0.0)
 
     def __call__(
@@ -32,6 +40,8 @@ class Objective:
         prediction = predict(self.costs, device_of, execution, shares_of)
         if self._word == "peak_memory":
             return prediction, fullest(prediction.forecast)
+        if self._is_stream:
+            return prediction, stream_s(prediction.forecast)
         if self._word == "latency":
             alone = predict(self._forward, device_of, replace(execution, rematerialize=False), shares_of)
             return prediction, alone.forecast.step_s
@@ -41,3 +51,11 @@ class Objective:
 def fullest(forecast: Forecast) -> float:
     """The share of its memory that the fullest device uses; above 1 it does not fit."""
     return max((device.memory_bytes / device.limit_bytes for device in forecast.devices), default=0.0)
+
+
+def stream_s(forecast: Forecast) -> float:
+    """Seconds from one batch of a stream to the next: what the busiest device receives and computes for each.
+
+    Every device works on another batch at the same time, and fetches what it needs itself.
+    """
+    return max((device.busy_s + device.transfer_s for device in forecast.devices), default=0.0)

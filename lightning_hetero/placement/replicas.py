@@ -49,6 +49,8 @@ def share_of_rows(graph: ModelGraph, shares_of: SharesOf) -> tuple[Share, ...] |
 
 def can_share(problem: Problem, devices: int) -> bool:
     """Whether a batch may run so that each of so many replicas gets at least one micro-batch."""
+    if problem.coupled:
+        return False
     return FORWARD in problem.schedules and (problem.micro_batches is None or problem.micro_batches >= devices)
 
 

@@ -42,7 +42,7 @@ def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
     used = {device.name for device in plan.used}
     for device in plan.devices:
         if device.name not in used:
-            why = "idle" if device.trainable else "cannot train"
+            why = "cannot train" if plan.training and not device.trainable else "idle"
             rows.append(("", device.name, why, "0", "0 B", format_bytes(device.memory_bytes), "0 %"))
     return rows
 

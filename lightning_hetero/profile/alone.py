@@ -89,10 +89,14 @@ class Alone:
         """Call the unit, and what follows it."""
         return self._call(fresh, self.followers)
 
-    def _call(self, fresh: Inputs, followers: Sequence[nn.Module]) -> Any:
+    def infer(self, fresh: Inputs) -> Any:
+        """The same without a graph."""
+        return self._call(fresh, self.followers, records=False)
+
+    def _call(self, fresh: Inputs, followers: Sequence[nn.Module], *, records: bool = True) -> Any:
         dtype = self.sample.autocast
         autocast = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
-        with torch.set_grad_enabled(self.training), autocast:
+        with torch.set_grad_enabled(self.training and records), autocast:
             output = self.twin(*fresh.args, **fresh.kwargs)
             for follower in followers:
                 output = follower(output)

@@ -11,6 +11,7 @@ from lightning_hetero.profile.costs import OWN_CODE, Curve, Line, ModelProfile, 
 from lightning_hetero.profile.estimate import estimate_profile
 from lightning_hetero.profile.fill import Pair, add_curves, fill
 from lightning_hetero.profile.job import Job
+from lightning_hetero.profile.own_code import largest_moment
 from lightning_hetero.profile.recording import Call, Recording
 from lightning_hetero.profile.sizes import Lines
 
@@ -75,6 +76,9 @@ def put_together(
         units=units,
         own_code=_own_code(recording, units, basis_of, training),
         flows=recording.flows,
+        code=recording.own_code.code(recording.rows) if training else (),
+        waiting=recording.own_code.waiting(recording.rows) if training else (),
+        coupled=recording.coupled,
         optimizer_s_per_byte={
             # The runtime stretches what modules do on an emulated device, not what optimizers do.
             device: basis.optimizer_s_per_byte or _of(optimizer_s, basis)
@@ -106,7 +110,7 @@ def _unit(
     if bytes_ is None:
         outputs = sum((spec.line(seen_rows) for spec in calls[0].outputs), Line())
         inputs = sum((spec.line(seen_rows) for spec in calls[0].inputs), Line())
-        bytes_ = Lines(outputs, outputs, inputs, outputs, outputs + inputs, counted=False)
+        bytes_ = Lines(outputs, outputs, inputs, outputs, outputs + inputs, outputs.scaled(2.0), counted=False)
     largest = max(max(1, _elements(call)) for call in calls) / first
     return UnitCost(
         name=name,
@@ -120,6 +124,7 @@ def _unit(
         saved_input_bytes=bytes_.saved_input.scaled(size / len(calls)) if job.training else Line(),
         temporary_bytes=bytes_.forward.scaled(largest),
         backward_bytes=bytes_.backward.scaled(largest) if job.training else Line(),
+        inference_bytes=bytes_.inference.scaled(largest),
     )
 
 
@@ -138,8 +143,7 @@ def _own_code(
         if not basis.estimated:
             units_s /= basis.factor  # the runtime stretches what modules do on an emulated device, not what is around
         forward[device] = Curve(((rows, recording.own_code_s * units_s / max(recorded_s, 1e-9)),))
-    handed = [flow for flow in recording.flows if flow.target == OWN_CODE]
-    largest = max((flow.size_bytes for flow in handed), key=lambda size: size(rows), default=Line())
+    saved, shared, moment = _own_bytes(recording, units, training)
     learns = training and any(p.requires_grad for p in recording.module.parameters())
     return UnitCost(
         name=OWN_CODE,
@@ -147,10 +151,29 @@ def _own_code(
         backward_s={device: curve.scaled(_OWN_BACKWARD if learns else 0.0) for device, curve in forward.items()}
         if training
         else {},
-        saved_bytes=sum((flow.size_bytes for flow in handed if flow.has_gradient), Line()) if training else Line(),
-        # What it makes of one of them, and the gradient of that.
-        temporary_bytes=largest.scaled(2.0 if training else 1.0),
+        saved_bytes=saved,
+        saved_output_bytes=shared,
+        temporary_bytes=moment,
     )
+
+
+def _own_bytes(recording: Recording, units: tuple[UnitCost, ...], training: bool) -> tuple[Line, Line, Line]:
+    """What own code keeps after the last unit, the part that units keep anyway, and what it needs for a moment."""
+    handed = [flow for flow in recording.flows if flow.target == OWN_CODE]
+    if not training:
+        return (
+            Line(),
+            Line(),
+            max((flow.size_bytes for flow in handed), key=lambda size: size(recording.rows), default=Line()),
+        )
+    end = recording.own_code.in_the_end(recording.rows)
+    if end is not None:
+        rows, of_units = recording.rows, {unit.name: unit.saved_output_bytes for unit in units}
+        shared = [k.size_bytes for k in end.kept if k.source and of_units[k.source](rows) >= k.size_bytes(rows)]
+        return sum((kept.size_bytes for kept in end.kept), Line()), sum(shared, Line()), end.moment_bytes
+    # The loss and activations keep what they are handed, sums do not.
+    saved = sum((flow.size_bytes for flow in handed if flow.has_gradient), Line())
+    return saved, Line(), largest_moment((flow.size_bytes for flow in handed), recording.rows)
 
 
 def _notes(

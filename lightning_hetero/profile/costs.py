@@ -91,10 +91,11 @@ class UnitCost:
         forward_s: Seconds of its forward on each device that was measured, by device name.
         backward_s: Seconds of its backward likewise; empty for a model that is not trained.
         saved_bytes: What autograd keeps of a call for its backward, parameters and inputs left out.
-        saved_output_bytes: The part of it that is what the unit returns.
+        saved_output_bytes: The part of it that is what the unit returns; of own code, what units keep anyway.
         saved_input_bytes: What autograd keeps of its inputs; None: all of them.
         temporary_bytes: What a forward needs beyond that while it runs, at its worst moment.
         backward_bytes: What a backward needs, gradients of parameters included.
+        inference_bytes: What a forward needs beyond its inputs where nothing is kept; None: `temporary_bytes`.
     """
 
     name: str
@@ -106,6 +107,7 @@ class UnitCost:
     saved_input_bytes: Line | None = None
     temporary_bytes: Line = Line()
     backward_bytes: Line = Line()
+    inference_bytes: Line | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,58 @@ class Flow:
     taken_before_by: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """Tensors that the model's own code keeps for its backward.
+
+    Attributes:
+        source: The unit that made them; "" for own code.
+        taken_by: The units that take them, which may keep them too.
+        size_bytes: Their size.
+    """
+
+    source: str
+    taken_by: tuple[str, ...]
+    size_bytes: Line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnCode:
+    """The model's own code between two calls of units, as far as memory goes.
+
+    Attributes:
+        around: The module whose code it is; "" for the model itself and what is around it. It runs where all units
+            of this module are, or else on the root.
+        after: The unit that was called last before; "" for none.
+        kept: What it keeps.
+        moment_bytes: What its backward needs for a moment.
+    """
+
+    around: str
+    after: str
+    kept: tuple[Kept, ...] = ()
+    moment_bytes: Line = Line()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A gradient that waits for others to be added to it: of a tensor that goes past units, as in a residual block.
+
+    Attributes:
+        around: The module in whose code that is, see `OwnCode`.
+        source: The unit that made the tensor; "" for own code.
+        first: The first unit, in the order of calls, during whose backward it waits.
+        last: The last one; the backward comes to it first.
+        size_bytes: Its size.
+    """
+
+    around: str
+    source: str
+    first: str
+    last: str
+    size_bytes: Line
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelProfile:
     """What a model costs.
@@ -140,6 +194,10 @@ class ModelProfile:
         units: In the order of their first call. Units that were not called are missing.
         own_code: The model's code outside of units, and the loss, on the root device.
         flows: What passes between units.
+        code: The model's own code between units; what comes after them, such as the loss, is `own_code`.
+        waiting: Gradients that wait while backwards of units run.
+        coupled: Names of modules that make rows depend on each other, such as batch normalisation. "forward" does not
+            cut a batch that goes through them.
         optimizer_s_per_byte: Seconds of an optimizer step for each byte of trained parameter, by device name.
         gradient_sum_s_per_byte: Seconds of adding the gradients of a micro-batch to those of others, likewise.
         call_overhead_s: What the runtime adds to each call of a stage by a micro-batch, forward and backward.
@@ -152,6 +210,9 @@ class ModelProfile:
     units: tuple[UnitCost, ...]
     own_code: UnitCost = UnitCost(name=OWN_CODE)
     flows: tuple[Flow, ...] = ()
+    code: tuple[OwnCode, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
+    coupled: tuple[str, ...] = ()
     optimizer_s_per_byte: Mapping[str, float] = field(default_factory=dict)
     gradient_sum_s_per_byte: Mapping[str, float] = field(default_factory=dict)
     call_overhead_s: float = 0.0
@@ -192,6 +253,9 @@ class ModelProfile:
                     "units": tuple(map(_unit, data["units"])),
                     "own_code": _unit(data["own_code"]),
                     "flows": tuple(map(_flow, data["flows"])),
+                    "code": tuple(map(_code, data["code"])),
+                    "waiting": tuple(Waiting(**{**w, "size_bytes": Line(**w["size_bytes"])}) for w in data["waiting"]),
+                    "coupled": tuple(map(str, data["coupled"])),
                     "notes": tuple(map(str, data["notes"])),
                 }
             )
@@ -210,12 +274,20 @@ def _unit(data: Mapping[str, Any]) -> UnitCost:
             "saved_input_bytes": None if data["saved_input_bytes"] is None else Line(**data["saved_input_bytes"]),
             "temporary_bytes": Line(**data["temporary_bytes"]),
             "backward_bytes": Line(**data["backward_bytes"]),
+            "inference_bytes": None if data["inference_bytes"] is None else Line(**data["inference_bytes"]),
         }
     )
 
 
 def _flow(data: Mapping[str, Any]) -> Flow:
     return Flow(**{**data, "size_bytes": Line(**data["size_bytes"])})
+
+
+def _code(data: Mapping[str, Any]) -> OwnCode:
+    kept = (
+        Kept(**{**k, "taken_by": tuple(k["taken_by"]), "size_bytes": Line(**k["size_bytes"])}) for k in data["kept"]
+    )
+    return OwnCode(**{**data, "kept": tuple(kept), "moment_bytes": Line(**data["moment_bytes"])})
 
 
 def _curves(data: Mapping[str, Any]) -> dict[str, Curve]:

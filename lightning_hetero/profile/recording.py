@@ -18,7 +18,9 @@ from lightning_hetero.errors import ProfileError
 from lightning_hetero.graph.model import ModelGraph
 from lightning_hetero.profile.clock import synchronize
 from lightning_hetero.profile.costs import Flow
+from lightning_hetero.profile.coupled import coupled_modules
 from lightning_hetero.profile.flows import TensorSpec, Tracker
+from lightning_hetero.profile.own_code import OwnCodeTracker
 from lightning_hetero.profile.sample import Sample, autocast_dtype, has_values, sort_of_call, sort_of_module
 from lightning_hetero.profile.structure import tensors_in
 
@@ -67,6 +69,8 @@ class Recording:
         sort_of: The sort of each unit that was called.
         followers: Names of the parameter-free modules that come after a unit in an `nn.Sequential`, by name of the
             unit: they run where it runs, and what they take and keep is counted as its own.
+        coupled: Names of modules that make the rows of a batch depend on each other.
+        own_code: What the model's own code keeps.
         own_code_s: Seconds outside of units, those of the recording itself taken off. They are those of a first call.
         device: Where the parameters of the model were; "cpu" if it has none.
         shapes_only: Whether tensors had no values (meta and fake tensors).
@@ -81,6 +85,8 @@ class Recording:
         self.samples: dict[str, Sample] = {}
         self.sort_of: dict[str, str] = {}
         self.followers: dict[str, tuple[str, ...]] = {}
+        self.own_code = OwnCodeTracker(module)
+        self.coupled = coupled_modules(module)
         self.own_code_s = 0.0
         self.shapes_only = False
         tensor = next(module.parameters(), None)
@@ -114,12 +120,24 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove()
+        self._pause()
+        self.own_code.forget()
         if kind is not None:
             self._state = "failed"
             return
-        self._pause()
         self.calls = tuple(self._calls)
         self._state = "done"
+
+    def ends_in(self, outputs: Any) -> None:
+        """Say, at the end of the block, what user code made, such as the loss of a training step.
+
+        Its graph tells what own code keeps after the last unit; without it that is estimated from what units return.
+
+        Args:
+            outputs: A tensor or any structure of tensors. It stays as it is, and is not kept.
+        """
+        if self._state == "running":
+            self._note(lambda: self.own_code.end(tensors_in(outputs)))
 
     @property
     def rows(self) -> int:
@@ -180,11 +198,7 @@ class Recording:
         found = [(child, self._hook_below(child, units, seen)) for child in module.children()]
         if not any(has_units for _, has_units in found):
             return False
-        self._hook(
-            module,
-            lambda args, kwargs: self._tracker.enter_module(chain),
-            lambda output: self._tracker.leave_module(tensors_in(output)),
-        )
+        self._hook(module, partial(self._enter_module, chain, self._names[id(module)]), self._leave_module)
         for child, has_units in found if chain else ():
             if not has_units:
                 self._hook(child, self._enter_plain, self._leave_plain)
@@ -241,12 +255,24 @@ class Recording:
         """Own code goes on, unless a unit has been entered."""
         self._since_s = time.perf_counter()
 
+    def _enter_module(self, chain: bool, name: str, args: Any, kwargs: Any) -> None:
+        self._tracker.enter_module(chain)
+        self.own_code.modules.append(name)
+
+    def _leave_module(self, output: Any) -> None:
+        outputs = tensors_in(output)
+        self.own_code.leave_module(outputs)
+        self._tracker.leave_module(outputs)
+
     def _enter_plain(self, args: Any, kwargs: Any) -> None:
         # The sources are asked for now: an activation that works in place changes them.
         self._plain.append(self._tracker.sources(tensors_in((args, kwargs))))
 
     def _leave_plain(self, output: Any) -> None:
-        self._tracker.carry(self._plain.pop(), tensors_in(output))
+        sources, outputs = self._plain.pop(), tensors_in(output)
+        self._tracker.carry(sources, outputs)
+        if sources:
+            self.own_code.make(sources[0].source, outputs)
 
     def _enter_unit(self, name: str, sort: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open:  # a unit that calls another one
@@ -254,6 +280,7 @@ class Recording:
             return
         inputs = tensors_in((args, kwargs))
         self._tracker.take(name, inputs)
+        self.own_code.take(name, inputs)
         self.shapes_only |= not all(map(has_values, inputs))
         if name not in self.sort_of:
             autocast = autocast_dtype(self.device)
@@ -269,6 +296,7 @@ class Recording:
             return
         outputs = tensors_in(output)
         self._tracker.make(call.unit, outputs)
+        self.own_code.make(call.unit, outputs)
         specs = tuple(map(TensorSpec.of, outputs))
         self._calls.append(Call(unit=call.unit, inputs=call.inputs, outputs=specs, seconds=self._now_s - call.begun_s))
         sample = self.samples[self.sort_of[call.unit]]

@@ -24,7 +24,8 @@ class Sizes(NamedTuple):
         forward: What the forward needs beyond it at its worst moment, outputs included.
         backward: What the backward needs beyond it, with the gradients that come, those that go, and those of
             parameters.
-        counted: Whether the allocator of the device has counted the last two. On a CPU, which has none to ask, they
+        inference: What a forward needs at its worst moment where autograd keeps nothing, outputs included.
+        counted: Whether the allocator of the device has counted the last three. On a CPU, which has none to ask, they
             are sums of sizes.
     """
 
@@ -33,6 +34,7 @@ class Sizes(NamedTuple):
     saved_input: float
     forward: float
     backward: float
+    inference: float
     counted: bool
 
 
@@ -44,6 +46,7 @@ class Lines(NamedTuple):
     saved_input: Line
     forward: Line
     backward: Line
+    inference: Line
     counted: bool
 
 
@@ -76,7 +79,17 @@ def sizes(alone: Alone, inputs: Inputs) -> Sizes:
     if before_bytes is None:
         gradients_bytes = sum(p.nbytes for p in alone.twin.parameters() if p.requires_grad) if roots else 0
         moment = outputs_bytes + inputs_bytes + gradients_bytes if roots else 0
-        return Sizes(saved_bytes, saved_output_bytes, saved_input_bytes, outputs_bytes, moment, counted=False)
+        # Of what is kept, the largest piece may be there beside what is made of it.
+        inference_bytes = outputs_bytes + max(storages.values(), default=0)
+        return Sizes(
+            saved=saved_bytes,
+            saved_output=saved_output_bytes,
+            saved_input=saved_input_bytes,
+            forward=outputs_bytes,
+            backward=moment,
+            inference=inference_bytes,
+            counted=False,
+        )
     forward_bytes = _peak(alone.device) - before_bytes - saved_bytes
     backward_bytes = 0
     if roots:
@@ -86,8 +99,18 @@ def sizes(alone: Alone, inputs: Inputs) -> Sizes:
         end.backward()
         backward_bytes = _peak(alone.device) - before_bytes - saved_bytes
         alone.twin.zero_grad(set_to_none=True)
-    moments = (max(0, forward_bytes), max(0, backward_bytes))
+    else:
+        del output, outputs
+    moments = (max(0, forward_bytes), max(0, backward_bytes), _inference_bytes(alone, inputs))
     return Sizes(saved_bytes, saved_output_bytes, saved_input_bytes, *moments, counted=True)
+
+
+def _inference_bytes(alone: Alone, inputs: Inputs) -> float:
+    """The most that a forward needs beyond its inputs where nothing is kept."""
+    fresh = alone.fresh(inputs)
+    before_bytes = _start_peak(alone.device) or 0
+    alone.infer(fresh)
+    return _peak(alone.device) - before_bytes
 
 
 class _End(torch.autograd.Function):
@@ -111,7 +134,7 @@ def lines_through(found: Mapping[int, Sizes], *, constant: bool) -> Lines:
         return Line(max(column.values())) if constant else line_through(column)
 
     counted = all(each.counted for each in found.values())
-    return Lines(line(0), line(1), line(2), line(3), line(4), counted)
+    return Lines(line(0), line(1), line(2), line(3), line(4), line(5), counted)
 
 
 def line_through(sizes_bytes: Mapping[int, float]) -> Line:

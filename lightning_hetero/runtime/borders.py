@@ -113,6 +113,16 @@ class LeaveSplit(Hook):
         return None if new is output else new
 
 
+def enters_by(module: nn.Module) -> torch.device | None:
+    """Where `EnterBlock` brings the inputs of a module; None if it has no such hook."""
+    return next((hook.device for hook in module._forward_pre_hooks.values() if isinstance(hook, EnterBlock)), None)
+
+
+def leaves_by(module: nn.Module) -> torch.device | None:
+    """Where `LeaveBlock` brings the outputs of a module; None if it has no such hook."""
+    return next((hook.root for hook in module._forward_hooks.values() if isinstance(hook, LeaveBlock)), None)
+
+
 def _carry_in(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy of an input that can tell whether it was changed in place: tensors of inference mode cannot."""
     if torch.is_inference_mode_enabled():

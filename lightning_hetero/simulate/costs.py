@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,32 @@ class Flow(NamedTuple):
     has_gradient: bool
     around: int
     taken_before: int = -1
+
+
+class Code(NamedTuple):
+    """Own code between units, by indices as in `Flow`; see `lightning_hetero.profile.costs.OwnCode`.
+
+    Attributes:
+        around: Index of the module whose code it is; -1 for the model itself.
+        after: Index of the unit that was called last before.
+        kept: Size, maker and takers of what it keeps.
+        moment_bytes: What its backward needs for a moment.
+    """
+
+    around: int
+    after: int
+    kept: tuple[tuple[Line, int, tuple[int, ...]], ...]
+    moment_bytes: Line
+
+
+class Wait(NamedTuple):
+    """A gradient that waits during the backwards of units, by the indices of the first and the last of them."""
+
+    around: int
+    source: int
+    first: int
+    last: int
+    size_bytes: Line
 
 
 class Path(NamedTuple):
@@ -63,10 +89,14 @@ class Costs:
         profile: Seconds and bytes of the model's units.
         training: Whether there is a backward and an optimizer step.
         optimizer_factor: Bytes of optimizer state for each byte of trained parameter.
+        defers_batch_norm: Whether micro-batches are normalised by their own mean and variance.
 
     Attributes:
+        is_coupled: Whether rows depend on each other, so that "forward" runs batches whole.
         units: The units that are called, in the order of their first call. Others cost memory and no time.
         flows: What passes between them.
+        code: The model's own code between them.
+        waiting: Gradients that wait for others.
         inputs: Bytes of the inputs of each unit.
         kept: What autograd keeps of each unit, its inputs included.
         paths: What links take, by indices of sender and receiver.
@@ -85,12 +115,14 @@ class Costs:
         profile: ModelProfile,
         training: bool = True,
         optimizer_factor: float = 2.0,
+        defers_batch_norm: bool = False,
     ) -> None:
         self.graph = graph
         self.inventory = inventory
         self.profile = profile
         self.training = training
         self.optimizer_factor = optimizer_factor
+        self.is_coupled = bool(profile.coupled) and training and not defers_batch_norm
         self.devices = inventory.names
         self.limits = tuple(device.memory_bytes for device in inventory)
         self.root = self.devices.index(inventory.root.name)
@@ -102,6 +134,8 @@ class Costs:
         self.trained_bytes = tuple(graph[unit.name].trainable_bytes if training else 0 for unit in self.units)
         self.around = self._modules()
         self.flows = tuple(self._flows())
+        self.code = tuple(self._code()) if training else ()
+        self.waiting = tuple(self._waits()) if training else ()
         self.inputs = self._inputs()
         self.kept = tuple(u.saved_bytes.scaled(u.calls) + line for u, line in zip(self.units, self.inputs, strict=True))
         self.paths = tuple(tuple(_path(inventory, a, b) for b in inventory) for a in inventory)
@@ -163,6 +197,8 @@ class Costs:
         """The units below each module that flowing units have in common; if they share a device, it is a block."""
         names = self.graph.names
         prefixes = dict.fromkeys(_common(flow.source, flow.target) for flow in self.profile.flows)
+        prefixes |= dict.fromkeys(code.around for code in self.profile.code)
+        prefixes |= dict.fromkeys(wait.around for wait in self.profile.waiting)
         self._prefix_of = {prefix: index for index, prefix in enumerate(prefixes)}
         return tuple(tuple(name for name in names if f"{name}.".startswith(f"{prefix}.")) for prefix in prefixes)
 
@@ -170,7 +206,6 @@ class Costs:
         found = []
         for flow in self.profile.flows:
             source, target = self.index_of.get(flow.source, -1), self.index_of.get(flow.target, -1)
-            prefix = _common(flow.source, flow.target)
             found.append(
                 Flow(
                     source,
@@ -178,11 +213,28 @@ class Costs:
                     flow.size_bytes,
                     flow.chained and source >= 0 and target >= 0,
                     flow.has_gradient and self.training,
-                    self._prefix_of[prefix] if prefix else -1,
+                    self._around(_common(flow.source, flow.target)),
                     self.index_of.get(flow.taken_before_by or "", -1),
                 )
             )
         return found
+
+    def _code(self) -> Iterator[Code]:
+        for code in self.profile.code:
+            kept = (
+                (k.size_bytes, self.index_of.get(k.source, -1), tuple(self.index_of[u] for u in k.taken_by))
+                for k in code.kept
+            )
+            around, after = self._around(code.around), self.index_of.get(code.after, -1)
+            yield Code(around, after, tuple(kept), code.moment_bytes)
+
+    def _waits(self) -> Iterator[Wait]:
+        for wait in self.profile.waiting:
+            first, last = sorted((self.index_of[wait.first], self.index_of[wait.last]))
+            yield Wait(self._around(wait.around), self.index_of.get(wait.source, -1), first, last, wait.size_bytes)
+
+    def _around(self, module: str) -> int:
+        return self._prefix_of[module] if module else -1
 
     def _inputs(self) -> tuple[Line, ...]:
         """The inputs of each unit, which autograd keeps besides what a profile calls saved."""

@@ -47,7 +47,8 @@ def predict(
 ) -> Prediction:
     """Predict one step of a placed model.
 
-    A batch that is not cut runs "whole": one row, one micro-batch, or "forward" with all units on one device.
+    A batch that is not cut runs "whole": one row, one micro-batch, "forward" with all units on one device, or with rows
+    that depend on each other.
     Transfers occupy the device of the module at whose border they are, since the runtime has no side streams. Devices
     make their optimizer steps one after the other, as torch does.
 
@@ -69,6 +70,8 @@ def predict(
             f"{execution.schedule!r}"
         )
     owners = route(costs, device_of)
+    if execution.schedule == FORWARD and costs.is_coupled:  # the owners do all
+        execution, shares_of = Execution(), {}
     execution = execution if shares_of else _as_run(costs, owners, execution)
     rows = split_rows(costs.profile.rows, execution.micro_batches, execution.weights)
     ways = ways_of(costs, device_of, owners, shares_of, rows)

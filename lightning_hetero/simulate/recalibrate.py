@@ -27,7 +27,7 @@ def recalibrated(costs: Costs, predicted: Timeline, recorded: Timeline, *, steps
         ProfileError: `steps` is below 1.
     """
     profile = scaled(costs.profile, device_factors(predicted, recorded, steps=steps))
-    return Costs(costs.graph, costs.inventory, profile, costs.training, costs.optimizer_factor)
+    return Costs(costs.graph, costs.inventory, profile, costs.training, costs.optimizer_factor, not costs.is_coupled)
 
 
 def device_factors(predicted: Timeline, recorded: Timeline, *, steps: int = 1) -> dict[str, float]:

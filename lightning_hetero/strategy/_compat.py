@@ -85,8 +85,14 @@ def host(namespace: str) -> Host:
         backward=importlib.import_module(f"{namespace}.strategies").Strategy.backward,
         rank_zero_only=importlib.import_module(f"{namespace}.utilities.rank_zero").rank_zero_only,
         extract_batch_size=importlib.import_module(f"{namespace}.utilities.data").extract_batch_size,
-        cpu_stats=importlib.import_module(f"{namespace}.accelerators.cpu").get_cpu_stats,
+        cpu_stats=partial(_cpu_stats, namespace),
     )
+
+
+def _cpu_stats(namespace: str) -> dict[str, float]:
+    """Looked up anew at each call: tests put a mock there."""
+    stats: dict[str, float] = importlib.import_module(f"{namespace}.accelerators.cpu").get_cpu_stats()
+    return stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +181,19 @@ def accumulates(trainer: Any) -> bool:
 
 
 def prunes_globally(callback: Any) -> bool:
-    """Whether a `ModelPruning` ranks the weights of all layers together."""
-    return bool(getattr(callback, "_use_global_unstructured", False))
+    """Whether a callback is a `ModelPruning` that ranks the weights of all layers together."""
+    return bool(getattr(callback, "_use_global_unstructured", False)) and hasattr(callback, "apply_pruning")
+
+
+def averaged_copy(callback: Any, root: Any) -> tuple[Any, Any] | None:
+    """The copy of the model that a callback averages weights in, and the device that it is for; None without one.
+
+    Args:
+        callback: Any.
+        root: Where the copy is if the callback does not say.
+    """
+    copy = getattr(callback, "_average_model", None)
+    return None if copy is None else (copy, getattr(callback, "_device", None) or root)
 
 
 def has_own_table(callback: Any) -> bool:

@@ -33,8 +33,10 @@ class HeteroAcceleratorCore(_Base):
     user = "Trainer"
     serves_strategy = False  # set by HeteroStrategy: nobody else can work with several devices
 
+    _current_before: torch.device | None = None
+
     def setup_device(self, device: torch.device) -> None:
-        """Make `device` the current one of its kind.
+        """Make `device` the current one of its kind, until `teardown`.
 
         Raises:
             UsageError: The Trainer or Fabric has another strategy.
@@ -45,13 +47,19 @@ class HeteroAcceleratorCore(_Base):
                 f'{self.user}(accelerator="hetero", devices=..., strategy="hetero").'
             )
         if device.type != "cpu" and device.index is not None:
-            torch.get_device_module(device).set_device(device.index)
+            module = torch.get_device_module(device)
+            if self._current_before is None:
+                self._current_before = torch.device(device.type, module.current_device())
+            module.set_device(device.index)
 
     def setup(self, trainer: Any) -> None:
         """Nothing to do: the strategy places the model."""
 
     def teardown(self) -> None:
-        """Give cached memory back where the backend can."""
+        """Put the current device back, and give cached memory back where the backend can."""
+        before, self._current_before = self._current_before, None
+        if before is not None:
+            torch.get_device_module(before).set_device(before.index)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 

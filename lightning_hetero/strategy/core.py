@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,17 +23,19 @@ from lightning_hetero.plan.forecast import FORWARD, WHOLE
 from lightning_hetero.profile import ModelProfile
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.record import Recording
-from lightning_hetero.runtime.engine.stepper import Stepper
+from lightning_hetero.runtime.engine.stepper import AroundFirst, Stepper
 from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import PlacedModel
 from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.schedule import get_schedule
 from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.arguments import known_arguments_only
+from lightning_hetero.strategy.averaging import warn_of_copies
 from lightning_hetero.strategy.busy import BusyTable, busy_table
 from lightning_hetero.strategy.console import show_messages
-from lightning_hetero.strategy.first_steps import PROFILE, FirstSteps, can_gain, steps_left
+from lightning_hetero.strategy.first_steps import MEASURE_AND_PLAN_S, PROFILE, FirstSteps, can_gain, steps_left
 from lightning_hetero.strategy.memory import readable_out_of_memory
+from lightning_hetero.strategy.mocks import Replaceable, replaced
 from lightning_hetero.strategy.online import REPLAN, Online
 from lightning_hetero.strategy.optimizers import (
     check_optimizers,
@@ -44,7 +46,6 @@ from lightning_hetero.strategy.optimizers import (
 from lightning_hetero.strategy.options import one_of, schedule_for, shares_of_processes
 from lightning_hetero.strategy.planning import Planning
 from lightning_hetero.strategy.precision import use_devices
-from lightning_hetero.strategy.refusals import check_callbacks
 from lightning_hetero.strategy.report import print_plan, save_plan
 from lightning_hetero.strategy.resume import ResumingCore
 from lightning_hetero.strategy.sights import Sights
@@ -52,6 +53,7 @@ from lightning_hetero.strategy.spreading import DevicesArgument, PlacementArgume
 from lightning_hetero.strategy.steps import RECORDED, merged_output, replay
 from lightning_hetero.strategy.trial import in_effect
 from lightning_hetero.strategy.watch import Watch
+from lightning_hetero.strategy.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 show_messages()
@@ -128,7 +130,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
 
     strategy_name = "hetero"
     host: ClassVar[Host]
-    _is_in_backward = _has_refused = False
+    _has_refused = False
 
     @known_arguments_only
     def __init__(
@@ -185,6 +187,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         self._profile = one_of("profile", profile, PROFILE)
         self._replan = one_of("replan", replan, REPLAN)
         self._watch: Watch | None = None  # of steps, which may change the plan between them
+        self._watchdog: Watchdog | None = None  # over the first steps, which do not run as the plan has them
         self._measured: tuple[Planning, ModelProfile] | None = None
         self._stepper: Stepper | None = None
         self._plan: Plan | None = None
@@ -343,7 +346,10 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
                     steps_left=partial(steps_left, trainer),
                     device_profile=self._device_profile,
                 )
-        self._check(trainer)
+                self._watchdog = Watchdog(self._pipelining.hang_timeout_s)
+        self._check()
+        assert self._plan is not None
+        warn_of_copies(trainer.callbacks, self._plan)
         self.setup_precision_plugin()
         # Asked here, as all processes have to ask at the same time.
         self._log_dir = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None
@@ -351,11 +357,9 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         self._sights = Sights(trainer, self)
         self._show(trainer)
 
-    def _check(self, trainer: Any) -> None:
+    def _check(self) -> None:
         """Refuse what cannot work over the devices of the plan."""
         check_optimizers(self.optimizers, alone=self._team is None)
-        assert self._plan is not None
-        check_callbacks(trainer.callbacks, self._plan)
 
     def _begin(self, fitting: bool) -> None:
         """What a placed model needs before it runs."""
@@ -380,7 +384,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         self._place(plan)
         if self._placed is not before:
             self._begin(fitting=True)
-        self._check(trainer)
+        self._check()
 
     def _make_stepper(self) -> Stepper | None:
         """What runs training steps in micro-batches; None if they run once on the whole batch."""
@@ -410,6 +414,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
             watch, sights, self._watch, self._sights = self._watch, self._sights, None, None
             if watch is not None:
                 watch.close()
+            self._dismiss_watchdog()
             if sights is not None:
                 sights.close()
             self._dismiss_guests()
@@ -485,10 +490,20 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         if self._watch is not None:
             self._go_on(self._watch)
 
+    def _guarded(self, doing: str, more_s: float = 0.0) -> AbstractContextManager[None]:
+        """Within the block, what hangs in the first steps is noticed."""
+        return nullcontext() if self._watchdog is None else self._watchdog.over(doing, more_s)
+
+    def _dismiss_watchdog(self) -> None:
+        watchdog, self._watchdog = self._watchdog, None
+        if watchdog is not None:
+            watchdog.close()
+
     def _go_on(self, watch: Watch) -> None:
         """What the steps so far have to say before the next one."""
         module: Any = self.lightning_module
-        plan = new = watch.border(module if self.model is None else self.model)
+        with self._guarded("measuring and planning after the first steps", MEASURE_AND_PLAN_S):
+            plan = new = watch.border(module if self.model is None else self.model)
         while plan is not None:
             try:
                 self._change(plan, module.trainer)
@@ -498,6 +513,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         if new is not None and watch.is_settled:
             self._show(module.trainer)
         if watch.is_over:
+            self._dismiss_watchdog()
             self._watch = self._after(watch, module.trainer)
 
     def _after(self, watch: Watch, trainer: Any) -> Watch | None:
@@ -521,22 +537,27 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
 
     def _watched_step(self, *args: Any, **kwargs: Any) -> Any:
         with readable_out_of_memory(), frames.balanced():
-            if self._watch is not None:
+            watch = self._watch
+            if watch is None:
+                return self._training_step(args, kwargs)
+            with self._guarded("the forward of one of the first steps"):
+                if not watch.needs_whole_step:
+                    with watch.around_step():
+                        return self._training_step(args, kwargs)
                 engine = None if self._placed is None else self._placed.engine
-                whole = engine.inline() if engine is not None and self._watch.needs_whole_step else nullcontext()
-                with whole, self._watch.around_step():
-                    return self._training_step(*args, **kwargs)
-            return self._training_step(*args, **kwargs)
+                with engine.inline() if engine is not None else nullcontext():
+                    return self._training_step(args, kwargs, watch.around_step)
 
-    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._stepper is None or kwargs:
+    def _training_step(self, args: Any, kwargs: Any, recorded: AroundFirst | None = None) -> Any:
+        """The user's step, in micro-batches if it may be. The first of them runs in what `recorded` gives, or all."""
+        if self._stepper is not None and not kwargs:
+            with self.precision_plugin.train_step_context():
+                result = self._stepper.run(args, self._loss_scale(), recorded)
+            if result is not None:
+                replay(self.lightning_module, result)
+                return merged_output(result)
+        with nullcontext() if recorded is None else recorded(1.0):
             return super().training_step(*args, **kwargs)
-        with self.precision_plugin.train_step_context():
-            result = self._stepper.run(args, self._loss_scale())
-        if result is None:
-            return super().training_step(*args, **kwargs)
-        replay(self.lightning_module, result)
-        return merged_output(result)
 
     def _loss_scale(self) -> float:
         """What Lightning multiplies the loss with before its backward."""
@@ -573,18 +594,13 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         with readable_out_of_memory():
             return super().optimizer_step(*args, **kwargs)
 
+    @Replaceable
     def backward(self, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
         """Backward over all devices, and sums of gradients over all processes."""
-        with readable_out_of_memory(), frames.balanced():
+        with readable_out_of_memory(), frames.balanced(), self._guarded("the backward of one of the first steps"):
             if self._team is not None:
                 return self._weighted_backward(self._team, closure_loss, *args, **kwargs)
-            if self._is_in_backward:  # what tests of Lightning put around its method comes back here
-                return self.host.backward(self, closure_loss, *args, **kwargs)
-            self._is_in_backward = True
-            try:
-                return super().backward(closure_loss, *args, **kwargs)
-            finally:
-                self._is_in_backward = False
+            return replaced(HeteroStrategyCore, self, "backward", self.host.backward)(closure_loss, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         of_a_run = (
@@ -592,6 +608,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
             "_reconciler",
             "_stepper",
             "_watch",
+            "_watchdog",
             "_sights",
             "_measured",
             "_team",

@@ -60,7 +60,9 @@ def _of_all(
     skipped: set[str],
     asked: torch.device,
 ) -> Stats:
-    stats = dict(ask(asked))
+    # Accelerators know nothing of the CPU. Where it is the root, Lightning asks whoever serves the root.
+    of_root = partial(ask, asked) if torch.device(asked).type != "cpu" else cpu_stats
+    stats = {} if of_root is cpu_stats and "cpu" in skipped else dict(of_root())
     current = plan()
     places = () if current is None else current.torch_devices
     if len(places) < 2:

@@ -27,6 +27,7 @@ from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.record import Recording
 from lightning_hetero.runtime.guard import release
 from lightning_hetero.strategy._compat import FabricHost
+from lightning_hetero.strategy.arguments import known_arguments_only
 from lightning_hetero.strategy.checkpoint import on_cpu
 from lightning_hetero.strategy.checkpoint_files import CheckpointFilesCore
 from lightning_hetero.strategy.optimizers import check_optimizers, keep_state_beside_parameters, state_factor
@@ -77,6 +78,7 @@ class FabricStrategyCore(SpreadingCore, _Base):
     Raises:
         PlacementError: The placement is no policy.
         InventoryError: `device_profile` cannot be read.
+        UnknownArgumentError: An argument does not exist; the nearest one is named.
         UnsupportedError: An option is for the Trainer only.
         UsageError: A number or word is not one of those that are allowed.
     """
@@ -85,6 +87,7 @@ class FabricStrategyCore(SpreadingCore, _Base):
     checkpoint_io_class: ClassVar[type[CheckpointFilesCore]]
     cluster_environment: Any = None
 
+    @known_arguments_only
     def __init__(
         self,
         devices: DevicesArgument = None,

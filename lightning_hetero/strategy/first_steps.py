@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ PROFILE = ("auto", "always", "never")
 
 WORTH_S = 120.0  # seconds that the rest of a run has to last for "auto": measuring and planning take up to a sixth
 MEASURE_S = 10.0
+MEASURE_AND_PLAN_S = 120.0  # far more than devices, model and all policies together take, on any machine
 CALL_OVERHEAD_S = 250e-6  # of the runtime for a call of a stage; see benchmarks/overhead.py
 TRIAL_SHARE = 1 / 3  # of the steps to come that a trial may take
 
@@ -74,6 +76,7 @@ class FirstSteps(Watch):
         self._steps_s: list[float] = []
         self._recording: Recording | None = None
         self._is_recorded = False
+        self._parts = 1.0  # of the batch, as large as what was recorded
         self.profile: ModelProfile | None = None
 
     def border(self, module: nn.Module) -> Plan | None:
@@ -100,8 +103,13 @@ class FirstSteps(Watch):
         return self._recording is not None and not self._is_recorded
 
     @contextmanager
-    def around_step(self) -> Iterator[None]:
-        """What the step's forward has to run in. If it cannot be recorded, it runs all the same."""
+    def around_step(self, parts: float = 1.0) -> Iterator[None]:
+        """What the step's forward has to run in. If it cannot be recorded, it runs all the same.
+
+        Args:
+            parts: How many times as many rows the step has as what runs in the block.
+        """
+        self._parts = parts
         recording, self._is_recorded = None if self._is_recorded else self._recording, self._recording is not None
         with ExitStack() as stack:
             if recording is not None:  # once: some optimizers call the step several times
@@ -128,8 +136,10 @@ class FirstSteps(Watch):
         try:
             inventory = measured_inventory(self.planning.inventory, profile=self._device_profile)
             self.planning = self.planning.on(inventory)
-            self.profile = _profile_of(recording, inventory)
+            profile = _profile_of(recording, inventory)
+            self.profile = replace(profile, rows=round(profile.rows * self._parts))
             plans = self.planning.with_profile(self._factor, self.profile)
+            self._present = self.planning.foreseen(self._present, self._factor, self.profile)
         except Exception as error:  # whatever it is, there is a plan that works
             known = isinstance(error, (InfeasiblePlanError, UnsupportedError))
             log.warning("no plan was made from measurements, so the first one stays: %s", error, exc_info=not known)

@@ -1,4 +1,4 @@
-"""Gives every backend's out-of-memory error a text that Lightning's batch-size finder understands."""
+"""Gives every backend's out-of-memory error advice, and a text that Lightning's batch-size finder understands."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from types import TracebackType
 
 import torch
 
+from lightning_hetero.runtime.engine.faults import annotated
+
+ADVICE = (
+    "What helps, in the order of effort: a smaller batch; micro_batches=4, rematerialize=True; "
+    "activation_checkpointing=True; precision='bf16-mixed'; a lower limit, as memory={'cuda:0': '20GiB'}, "
+    "so that the plan puts less on it."
+)
+
 
 class ReadableOutOfMemory:
     """Context in which out-of-memory errors that Lightning would not recognise are raised again.
 
     Lightning looks for "CUDA" and "out of memory" in the text, or for the words of the CPU's allocator. Errors of
-    other backends are raised again, as the same class, with a text that has both.
+    other backends are raised again, as the same class, with a text that has both. All get a note with advice.
 
     A class, because every step enters it twice: `contextlib.contextmanager` takes several times as long.
     """
@@ -27,7 +35,9 @@ class ReadableOutOfMemory:
         if isinstance(error, torch.OutOfMemoryError):
             text = str(error)
             if "CUDA" not in text and "can't allocate memory" not in text:
-                raise torch.OutOfMemoryError(f"{text} (not CUDA, but out of memory all the same)") from error
+                readable = torch.OutOfMemoryError(f"{text} (not CUDA, but out of memory all the same)")
+                raise annotated(readable, ADVICE) from error
+            annotated(error, ADVICE)
 
 
 _READABLE = ReadableOutOfMemory()

@@ -123,7 +123,7 @@ def check_optimizers(optimizers: Iterable[Optimizer], *, alone: bool = True) -> 
         if isinstance(optimizer, torch.optim.LBFGS) and len(devices) > 1:
             raise UnsupportedError(
                 f"LBFGS joins all parameters into one vector, which cannot be done over {', '.join(devices)}. "
-                "Use placement='single', or another optimizer."
+                "Use placement='single', or another optimizer, or let it train parameters of one device only."
             )
         for group in optimizer.param_groups:
             if group.get("capturable") and len(devices) > 1 and any(p.device.type == "cpu" for p in group["params"]):

@@ -28,6 +28,7 @@ class Terms:
         micro_batches: How many parts a batch is cut into; None leaves it to the plan.
         schedules: Ways to run that a plan may choose from, see `Problem`.
         rematerialize: Whether forwards run again in the backward; None leaves it to the plan.
+        defers_batch_norm: Whether micro-batches may be normalised by their own mean and variance.
         constraints: Rules for every policy.
         objective: What to minimise, see `Problem`.
         time_limit_s: How long a policy may search.
@@ -36,6 +37,7 @@ class Terms:
     micro_batches: int | None = None
     schedules: tuple[str, ...] = (WHOLE, FORWARD)
     rematerialize: bool | None = False
+    defers_batch_norm: bool = False
     constraints: Constraints = field(default_factory=Constraints)
     objective: str = "step_time"
     time_limit_s: float = 10.0
@@ -129,6 +131,21 @@ class Planning:
         """
         return self._plans(factor, profile)
 
+    def foreseen(self, plan: Plan, factor: float, profile: ModelProfile) -> Plan:
+        """A plan that was made without a profile, with the forecast that the profile leads to.
+
+        Args:
+            plan: The plan. It stays as it is where it cannot be predicted, or does not fit by the profile.
+            factor: See `with_optimizer`.
+            profile: What the model costs.
+        """
+        again = replace(self, policy=FromFilePolicy(plan))
+        try:
+            forecast = again.with_profile(factor, profile)[0].forecast
+        except (InfeasiblePlanError, PlacementError):
+            return plan
+        return replace(plan, forecast=forecast)
+
     @property
     def is_by_time(self) -> bool:
         """Whether the seconds of a step are what to minimise."""
@@ -145,6 +162,7 @@ class Planning:
             micro_batches=self.terms.micro_batches,
             schedules=self.terms.schedules,
             rematerialize=self.terms.rematerialize,
+            defers_batch_norm=self.terms.defers_batch_norm,
             constraints=self.terms.constraints,
             objective=self.terms.objective,
             time_limit_s=self.terms.time_limit_s,

@@ -1,4 +1,4 @@
-"""Lets what Lightning tells about a run be about all of its devices."""
+"""Lets what Lightning tells about a run, and what its callbacks look at, be about all of its devices."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 from lightning_hetero.strategy.device_stats import StatsOfAllDevices
 from lightning_hetero.strategy.profiling import ThreadsInProfile
+from lightning_hetero.strategy.pruning import PruningOverDevices
 from lightning_hetero.strategy.summary import DevicesInSummary
 
 
 class Sights:
-    """While they are open, Lightning's summary, device monitor and torch profiler see all devices.
+    """While they are open, Lightning's summary, device monitor, torch profiler and pruning see all devices.
 
     Args:
         trainer: Whose callbacks and profiler these are.
@@ -24,6 +25,7 @@ class Sights:
             DevicesInSummary(trainer.callbacks, plan),
             StatsOfAllDevices(strategy.accelerator, trainer.callbacks, plan, strategy.host.cpu_stats),
             ThreadsInProfile(trainer.profiler, plan()),
+            PruningOverDevices(trainer.callbacks, strategy.root_device),
         )
 
     def close(self) -> None:

@@ -86,6 +86,7 @@ class SpreadingCore:
             micro_batches=number_of_micro_batches(micro_batches),
             schedules=schedules,
             rematerialize=yes_no_or_auto("rematerialize", rematerialize),
+            defers_batch_norm=batch_norm == "defer",
             constraints=as_constraints(constraints),
             objective=one_of("objective", objective, OBJECTIVES),
             time_limit_s=positive_seconds("planning_limit_s", planning_limit_s),

@@ -74,8 +74,12 @@ class Watch:
         return False
 
     @contextmanager
-    def around_step(self) -> Iterator[None]:
-        """What the step's forward has to run in."""
+    def around_step(self, parts: float = 1.0) -> Iterator[None]:
+        """What the step's forward has to run in.
+
+        Args:
+            parts: How many times as many rows the step has as what runs in the block.
+        """
         yield
 
     def refused(self, error: Exception) -> Plan:

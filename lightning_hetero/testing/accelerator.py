@@ -127,8 +127,8 @@ def install_accelerator(kind: Literal["auto", "cpp", "python"] = "auto") -> Emul
     From then on the process keeps the host memory that it frees, as the allocators of accelerators do.
 
     The environment variable LIGHTNING_HETERO_EMULATED_DEVICES says how many devices there are (2 if it is
-    unset). It is read at the first call; later calls return the same object. Call it before the first
-    backward pass on another accelerator, such as CUDA, because autograd counts the devices then.
+    unset). It is read at the first call; later calls return the same object. Not
+    for a process that uses CUDA too: torch's autograd serves one type of accelerator.
 
     Args:
         kind: "cpp" compiles a backend at the first use on a machine (about a minute) and then loads it from
@@ -137,8 +137,8 @@ def install_accelerator(kind: Literal["auto", "cpp", "python"] = "auto") -> Emul
             there is no compiler, with a RuntimeWarning where there is one and it fails.
 
     Raises:
-        UsageError: The other kind, or another package's device type, is already installed; or the machine
-            cannot build "cpp"; or its torch cannot do "python".
+        UsageError: The other kind, or another package's device type, is already installed; or the process uses
+            CUDA; or the machine cannot build "cpp"; or its torch cannot do "python".
         ValueError: `kind` or the number of devices makes no sense.
     """
     global _installed
@@ -164,8 +164,15 @@ def _device_count() -> int:
 
 def _install(kind: Literal["auto", "cpp", "python"], count: int) -> EmulatedAccelerator:
     # Imported here, so that a test module which names the accelerator for its type only does not import torch.
+    import torch
+
     from lightning_hetero.testing import cpp_backend, cpp_build, python_backend
 
+    if torch.cuda.is_initialized():
+        raise UsageError(
+            "the emulated accelerator cannot join a process that uses CUDA already: torch's autograd serves one type "
+            "of accelerator. Start the program with CUDA_VISIBLE_DEVICES= (empty), or leave CUDA alone in it."
+        )
     if kind == "cpp" or (kind == "auto" and (cpp_build.is_built() or cpp_build.what_is_missing() is None)):
         try:
             return EmulatedAccelerator("cpp", cpp_backend.install(count))

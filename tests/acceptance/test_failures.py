@@ -374,6 +374,7 @@ def test_out_of_memory_is_what_lightning_takes_it_for(
     with pytest.raises(torch.OutOfMemoryError, match=f"{accelerator.devices[0]} is out of memory") as caught:
         trainer.fit(Wide(1024))
     assert is_oom_error(caught.value)
+    assert caught.value.__notes__[-1].startswith("What helps, in the order of effort: a smaller batch;")
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
@@ -382,6 +383,7 @@ def test_out_of_memory_without_gradients_too(verb: str, hetero: Any, accelerator
     with pytest.raises(torch.OutOfMemoryError, match=f"{accelerator.devices[0]} is out of memory") as caught:
         getattr(hetero(devices=devices, placement=where), verb)(Wide(4096))
     assert is_oom_error(caught.value)
+    assert caught.value.__notes__[-1].startswith("What helps, in the order of effort: a smaller batch;")
 
 
 def test_a_batch_that_has_no_room_on_the_root_is_out_of_memory_too(

@@ -35,11 +35,14 @@ what = sys.argv[1]
 class Sleeps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, part):
+        ctx.hangs = what.endswith("backward") and bool((x.abs() > 1e3).any())
         time.sleep(0.01)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient):
+        if ctx.hangs:
+            threading.Event().wait()
         time.sleep(0.01)
         return gradient, None
 
@@ -51,7 +54,7 @@ class Part(nn.Module):
 
     def forward(self, x):
         with torch._C.DisableTorchFunction():
-            stuck = what.startswith("hang") and bool((x > 1e3).any())
+            stuck = what.startswith("hang") and not what.endswith("backward") and bool((x > 1e3).any())
         if stuck:
             print("stuck", flush=True)
             threading.Event().wait()
@@ -92,7 +95,7 @@ if what != "plain":
             verbose=False, hang_timeout_s=1.0 if what.startswith("hang") else 60.0,
         )
     }
-x = torch.randn(800 if what.startswith("hang") else 8000, 8)
+x = torch.randn(800 if what in ("hang forward", "hang step") else 24000, 8)
 if what.startswith("hang"):
     x[52] = 1e6  # in the seventh batch
 batches = 8 if what.endswith("to the end") else len(x) // 8
@@ -192,14 +195,18 @@ def test_the_interpreter_ends_after_a_run(program: Path, pytestconfig: pytest.Co
     assert process.returncode == 0
 
 
-def test_a_device_that_never_answers_ends_the_program_with_an_error(program: Path, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("where", ["forward", "in the first steps", "in the first steps, backward"])
+def test_a_device_that_never_answers_ends_the_program_with_an_error(
+    where: str, program: Path, pytestconfig: pytest.Config
+) -> None:
     """The limit for a call is a second. Whoever is still there long after the error is stuck itself."""
-    with running(program, pytestconfig.rootpath, "hang forward") as process:
+    with running(program, pytestconfig.rootpath, f"hang {where}") as process:
         assert process.stdout is not None
         assert "exception HangError" in map(str.strip, process.stdout)  # reads as far as that, or to the end
         try:
             _, errors = process.communicate(timeout=8)
         except subprocess.TimeoutExpired:
             pytest.fail("the program goes on for more than 8 s after its HangError")
-    assert "has not ended after 1 s" in errors
+    assert f"has not ended after {1 if where == 'forward' else 1.5:g} s" in errors
+    assert "(most recent call first)" in errors  # the stacks of all threads
     assert process.returncode == 1

@@ -17,6 +17,7 @@ from lightning_hetero.testing import EmulatedAccelerator
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHARED = {
     "elastic_training.py",
+    "gpu_training.py",
     "launched.py",
     "lockstep.py",
     "placement_instances.py",
@@ -65,8 +66,14 @@ FIGURES = {
     },
     "export.py": {
         "cores",
-        *(f"{name}_{what}" for name in ("torch", "onnx") for what in ("pipelined_ratio", "noise_ratio", "rows_per_s")),
+        *(
+            f"{name}_{what}"
+            for name in ("torch", "onnx")
+            for what in ("pipelined_ratio", "stream_ratio", "noise_ratio", "rows_per_s")
+        ),
     },
+    "cuda_borders.py": set(),  # without a GPU
+    "gpu.py": set(),
     "prediction.py": {
         "emulated_step_error",
         "emulated_rank",

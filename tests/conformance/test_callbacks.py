@@ -39,7 +39,6 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.testing.lightning_module import Classifier, data
 
 
@@ -190,7 +189,7 @@ def test_layers_that_thaw_one_by_one_and_a_resumed_run(both: Any, tmp_path: Path
 # Pruning
 
 
-@pytest.mark.feature("callbacks: ModelPruning, layer by layer", note="Set use_global_unstructured=False.")
+@pytest.mark.feature("callbacks: ModelPruning, layer by layer")
 @pytest.mark.parametrize(
     "how",
     [
@@ -213,7 +212,7 @@ def test_pruning_layer_by_layer(how: dict[str, Any], both: Any) -> None:
     assert {tensor.device.type for tensor in sides.spread.model.state_dict().values()} == {"cpu"}
 
 
-@pytest.mark.feature("callbacks: ModelPruning, layer by layer", note="Set use_global_unstructured=False.")
+@pytest.mark.feature("callbacks: ModelPruning, layer by layer")
 def test_after_pruning_teardown_gathers_everything_and_hides_nothing(hostile: Any, caplog: Any) -> None:
     """Masked weights are no parameters any more, and what pruning holds torch does not let anybody swap."""
 
@@ -235,15 +234,25 @@ def test_after_pruning_teardown_gathers_everything_and_hides_nothing(hostile: An
     assert {str(getattr(tensor, "device", tensor)) for tensor in tensors} == {"cpu"}
 
 
-@pytest.mark.feature(
-    "callbacks: ModelPruning over all layers at once", "refused", note="Set use_global_unstructured=False."
-)
-@pytest.mark.parametrize("devices", ["accelerator"], indirect=True)
-def test_global_pruning_is_refused_before_training(hostile: Any) -> None:
-    model = Classifier()
-    with pytest.raises(UnsupportedError, match=r"torch refuses over .*Set use_global_unstructured=False"):
-        hostile(callbacks=[ModelPruning("l1_unstructured", amount=0.3)]).fit(model, data())
-    assert model.losses == []
+@pytest.mark.feature("callbacks: ModelPruning over all layers at once")
+@pytest.mark.parametrize("permanent", [True, False])
+@pytest.mark.parametrize("pruning_fn", ["l1_unstructured", "random_unstructured"])
+def test_pruning_of_all_layers_at_once(pruning_fn: str, permanent: bool, both: Any) -> None:
+    sides = both(
+        Classifier,
+        callbacks=lambda: [
+            ModelPruning(
+                pruning_fn, amount=0.3, use_lottery_ticket_hypothesis=False, make_pruning_permanent=permanent, verbose=1
+            )
+        ],
+    )
+    sides.check_parity()
+    layers = [module for module in sides.spread.model.modules() if isinstance(module, torch.nn.Linear)]
+    shares = [(layer.weight == 0).double().mean().item() for layer in layers]
+    assert max(shares) > 0.1
+    assert len(set(shares)) > 1
+    assert "apply_pruning" not in vars(sides.spread.trainer.callbacks[0])
+    assert {tensor.device.type for tensor in sides.spread.model.state_dict().values()} == {"cpu"}
 
 
 # When to stop and what to keep

@@ -132,7 +132,7 @@ def test_a_file_for_people_names_devices_with_sizes_and_leaves_out_what_is_known
     assert found.host == "lab"
 
 
-@pytest.mark.parametrize("kind", ["dla", "fpga", "npu-openvino"])
+@pytest.mark.parametrize("kind", ["dla", "fpga", "intel-npu", "openvino"])
 def test_processors_that_only_run_exported_models_do_not_train_unless_told_otherwise(
     kind: str, machine: Inventory
 ) -> None:

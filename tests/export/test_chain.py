@@ -110,6 +110,45 @@ def test_no_micro_batches_are_refused(exported: Path) -> None:
         HeteroRuntime(exported, micro_batches=0)
 
 
+def test_a_stream_of_batches_comes_out_in_order(exported: Path, model: MLP, rng: Any) -> None:
+    batches = [torch.rand(rows, 8, generator=rng) for rows in (6, 1, 7, 2, 5, 3, 4, 9)]
+    sent = 0
+
+    def source() -> Any:
+        nonlocal sent
+        for batch in batches:
+            sent += 1
+            yield batch
+
+    with HeteroRuntime(exported) as runtime:
+        assert list(runtime.stream([])) == []
+        results = runtime.stream(source())
+        first = next(results)
+        assert sent == 4  # one for each of three stages, and one that waits
+        found = [first, *results]
+        with pytest.raises(UsageError, match=r"^input0 must have shape \(rows, 8\), got \(2, 7\)$"):
+            list(runtime.stream([batches[0], torch.rand(2, 7)]))
+
+    for batch, result in zip(batches, found, strict=True):
+        torch.testing.assert_close(result, model(batch).detach())
+
+
+def test_a_stream_takes_positional_and_keyword_arguments(take_away: Any, rng: Any) -> None:
+    class Scaled(MLP):
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * scale
+
+    model = Scaled().eval()
+    x, scale = torch.rand(4, 8, generator=rng), torch.rand(4, 1, generator=rng)
+    _, by_position = take_away(model, (x, scale), placement={"": "a", "third": "b"})
+    _, by_name = take_away(model, {"x": x, "scale": scale}, placement={"": "a", "third": "b"})
+    wanted = model(x, scale).detach()
+
+    for results in (by_position.stream([(x, scale)] * 3), by_name.stream([{"x": x, "scale": scale}] * 3)):
+        for result in results:
+            torch.testing.assert_close(result, wanted)
+
+
 def test_stages_work_on_different_micro_batches_at_the_same_time() -> None:
     meeting = threading.Barrier(2, timeout=30)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DigitsCNN, Path]:
     )
     trainer.fit(model, DigitsDataModule())
     trainer.save_checkpoint(folder / "last.ckpt")
+    shutil.copy(folder / "last.ckpt", folder / "epoch=0-step=3.ckpt")  # as Lightning calls them
     assert strategy.plan is not None
     (folder / "plan.json").write_text(strategy.plan.to_json())
     return model.eval(), folder
@@ -45,7 +48,13 @@ def test_a_checkpoint_of_a_run_over_several_devices_becomes_a_chain(
 ) -> None:
     model, folder = run
     where = f"directory={tmp_path / 'exported'}"
-    words = [f"checkpoint={folder / 'last.ckpt'}", CLASS, where, f"plan={folder / 'plan.json'}", "inputs=2x1x8x8"]
+    words = [
+        f"checkpoint={folder / 'epoch=0-step=3.ckpt'}",
+        CLASS,
+        where,
+        f"plan={folder / 'plan.json'}",
+        "inputs=2x1x8x8",
+    ]
     code = main(["export", *words, "targets={stage0: openvino, *: torch:cpu}"])
     printed = capsys.readouterr()
 
@@ -55,6 +64,39 @@ def test_a_checkpoint_of_a_run_over_several_devices_becomes_a_chain(
     assert second.startswith("stage1: emulated:1 -> torch:cpu, ")
     images = torch.rand(5, 1, 8, 8, generator=rng)
     with HeteroRuntime(tmp_path / "exported") as runtime:
+        torch.testing.assert_close(runtime(images), model(images).detach(), rtol=0, atol=1e-5)
+
+
+def test_a_plan_for_deployment_becomes_a_chain_for_its_devices(
+    run: tuple[DigitsCNN, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: Any
+) -> None:
+    model, folder = run
+    inventory = {
+        "devices": [
+            {"name": "cpu", "memory": "8GiB", "flops_per_s": {"float32": 1e9}, "measured": "data sheet"},
+            {"name": "dla:0", "memory": "1GiB", "flops_per_s": {"float16": 5e12}, "measured": "data sheet"},
+        ],
+        "links": [
+            {"source": "cpu", "target": "dla:0", "bandwidth": "12GB/s", "latency_s": 1e-5},
+            {"source": "dla:0", "target": "cpu", "bandwidth": "12GB/s", "latency_s": 1e-5},
+        ],
+    }
+    (tmp_path / "board.json").write_text(json.dumps(inventory))
+    words = ["experiment=digits", "+model.width=4", "rows=3"]
+    words += [f"devices.request={tmp_path / 'board.json'}", "placement=auto", "placement.objective=latency"]
+    plan = ["plan", *words, "deployment=true", f"save={tmp_path / 'plan.json'}"]
+    assert main(plan) == 0, capsys.readouterr().err
+    refused = capsys.readouterr().out
+    assert main([*plan, "convert_precision=true"]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    words = [f"checkpoint={folder / 'last.ckpt'}", CLASS, f"directory={tmp_path / 'out'}", "inputs=3x1x8x8"]
+    words += [f"plan={tmp_path / 'plan.json'}", "targets=auto", "dynamic_batch=false"]
+    assert main(["export", *words]) == 0, capsys.readouterr().err
+
+    assert "dla:0 takes no unit: it computes in float16, int8 and not in float32" in " ".join(refused.split())
+    assert capsys.readouterr().out.startswith("stage0: dla:0 -> dla:0, ")
+    images = torch.rand(3, 1, 8, 8, generator=rng)
+    with HeteroRuntime(tmp_path / "out", {"stage0": "onnx"}) as runtime:
         torch.testing.assert_close(runtime(images), model(images).detach(), rtol=0, atol=1e-5)
 
 

@@ -57,15 +57,19 @@ def test_a_partitioned_torchscript_model(program: Path, take_away: Any, tmp_path
         torch.testing.assert_close(found, model(numbers(rows, 8)).detach(), rtol=0, atol=1e-5)
 
 
-def test_a_chain_with_aoti(program: Path, take_away: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("second", ["aoti:cpu", "torchscript:cpu"])
+def test_a_chain_with_aoti(program: Path, take_away: Any, tmp_path: Path, second: str) -> None:
     model = MLP().eval()
-    targets = {"a": "aoti:cpu", "b": "torchscript:cpu"}
-    take_away(model, torch.rand(2, 8), targets=targets, placement={"": "a", "third": "b"})
-    ran = run(program, tmp_path / "exported0", 7)
+    targets = {"a": "aoti:cpu", "b": second}
+    manifest, runtime = take_away(model, torch.rand(2, 8), targets=targets, placement={"": "a", "third": "b"})
 
-    assert ran.returncode == 0, ran.stderr
-    found = torch.tensor([float(line) for line in ran.stdout.split()]).reshape(7, 4)
-    torch.testing.assert_close(found, model(numbers(7, 8)).detach(), rtol=0, atol=1e-5)
+    assert [stage.target for stage in manifest.stages] == ["aoti:cpu", second]
+    for rows in (1, 7):
+        ran = run(program, tmp_path / "exported0", rows)
+        assert ran.returncode == 0, ran.stderr
+        found = torch.tensor([float(line) for line in ran.stdout.split()]).reshape(rows, 4)
+        torch.testing.assert_close(found, runtime(numbers(rows, 8)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, model(numbers(rows, 8)).detach(), rtol=0, atol=1e-5)
 
 
 def test_what_it_does_not_run_is_said(program: Path, take_away: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_hetero
 from lightning_hetero.devices import resolve_devices
 from lightning_hetero.errors import PlacementError, UnsupportedError
 from lightning_hetero.graph.find import find_units
@@ -131,6 +132,18 @@ def test_a_plan_is_a_placement(take_away: Any, rng: Any) -> None:
     assert [stage.units for stage in manifest.stages] == [stage.units for stage in plan.stages]
 
 
+def test_a_plan_that_keeps_modules_whole_is_a_placement_too(take_away: Any, rng: Any) -> None:
+    model = ConvNet()
+    graph = find_units(model, "features")
+    inventory = resolve_devices("cpu@speed=1,cpu@speed=1")
+    plan = make_plan(get_policy("even"), Problem(graph=graph, inventory=inventory))
+    x = torch.rand(4, 1, 8, 8, generator=rng)
+    manifest, runtime = take_away(model, x, placement=plan)
+
+    assert {unit for stage in manifest.stages for unit in stage.units} == {"features", "head.1", "head.3"}
+    torch.testing.assert_close(runtime(x), expected(model, x), rtol=1e-5, atol=1e-5)
+
+
 def test_the_plan_of_another_model_is_refused(take_away: Any) -> None:
     plan = make_plan(get_policy("single"), Problem(graph=find_units(ConvNet()), inventory=resolve_devices("cpu")))
 
@@ -214,9 +227,17 @@ def test_a_fixed_batch_can_be_asked_for(take_away: Any, rng: Any) -> None:
     torch.testing.assert_close(runtime(x), expected(model, x))
 
 
+class Counted(MLP):
+    """Says how many rows there were."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return super().forward(x), x.shape[0]
+
+
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
+        (Counted(), torch.rand(4, 8), r"^the result of Counted holds a number that follows the size of the batch\."),
         (
             MLP(),
             torch.rand(1, 8),
@@ -225,7 +246,7 @@ def test_a_fixed_batch_can_be_asked_for(take_away: Any, rng: Any) -> None:
         (Choosy(), torch.rand(4, 8), r"^torch.export cannot capture Choosy with these example inputs: "),
         (MLP(), (torch.rand(4, 8), {3}), r"^example_inputs of MLP holds a set, which cannot be written down"),
     ],
-    ids=["one row", "decides by values", "a set"],
+    ids=["rows", "one row", "decides by values", "a set"],
 )
 def test_what_cannot_be_captured_is_said(take_away: Any, model: nn.Module, example: Any, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
@@ -251,3 +272,11 @@ def test_no_thread_is_left_by_a_call_without_pipeline(take_away: Any, rng: Any) 
     runtime(torch.rand(4, 8, generator=rng))
 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hetero-export")]
+
+
+def test_the_package_is_called_as_its_function(tmp_path: Any, rng: Any) -> None:
+    x = torch.rand(4, 8, generator=rng)
+    manifest = lightning_hetero.export(MLP(), tmp_path / "out", example_inputs=x)
+
+    assert [stage.target for stage in manifest.stages] == ["torch:cpu"]
+    assert lightning_hetero.HeteroRuntime(tmp_path / "out")(x).shape == (4, 4)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,17 @@ def test_an_operator_that_a_dla_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=message):
         take(Gelu(), tmp_path / "out", "dla:0")
     assert not (tmp_path / "out").exists()
+
+
+def test_dropout_is_nothing_that_hardware_has_to_know(tmp_path: Path, rng: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout(), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)).eval()
+    take(model, tmp_path / "out", "dla:0")
+
+    x = torch.rand(2, 1, 8, 8, generator=rng)
+    with HeteroRuntime(tmp_path / "out", {"stage0": "onnx"}) as runtime:
+        torch.testing.assert_close(runtime(x), model(x).detach(), rtol=0, atol=1e-5)
+        kinds = {node.op_type for node in onnx.load(tmp_path / "out" / "stage0.onnx").graph.node}
+    assert kinds <= {"Conv", "Relu", "Reshape", "Gemm", "Flatten"}
 
 
 def test_an_operator_that_may_run_elsewhere_is_no_error(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lightning_hetero.export import HeteroRuntime, TargetError, export
 from lightning_hetero.export.targets import target as targets
@@ -106,6 +107,34 @@ def test_an_affinity_for_a_device_that_the_target_does_not_name_is_refused(take_
 def test_an_openvino_device_that_is_not_there_is_named(take_away: Any) -> None:
     with pytest.raises(TargetError, match=r"^stage0: target 'openvino:HETERO:FPGA,CPU': OpenVINO has no device 'FPGA'"):
         take_away(MLP(), torch.rand(2, 8), targets="openvino:HETERO:FPGA,CPU")
+
+
+class Shortened(nn.Module):
+    """Hands bfloat16 from layer to layer. For whole numbers from -2 to 2 all that it computes is exact in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1.5, 1.5).data.round_()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(x.float()).relu().bfloat16()
+        return self.second(x.float()).bfloat16(), x.sum(1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("target", ["onnx:CPUExecutionProvider", "openvino:CPU"])
+def test_bfloat16_crosses_borders_though_numpy_does_not_know_it(take_away: Any, rng: Any, target: str) -> None:
+    model = Shortened().eval()
+    example = torch.rand(4, 8, generator=rng).bfloat16()
+    manifest, runtime = take_away(model, example, targets=target, placement={"first": "a", "second": "b"})
+
+    assert [value.dtype for value in manifest.outputs] == ["bfloat16", "float32"]
+    for rows in (1, 7):
+        x = torch.randint(-2, 3, (rows, 8), generator=rng).bfloat16()
+        for found, wanted in zip(runtime(x), model(x), strict=True):
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found, wanted)
 
 
 def test_torchscript_works_with_a_warning_of_ours_and_none_of_torch(take_away: Any, rng: Any) -> None:

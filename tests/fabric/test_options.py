@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, LightningE
 from torch import nn
 
 from lightning_hetero import FabricStrategy
-from lightning_hetero.errors import InventoryError, UnsupportedError, UsageError
+from lightning_hetero.errors import InventoryError, UnknownArgumentError, UnsupportedError, UsageError
 
 
 @pytest.mark.feature("Fabric: micro_batching='step', profile='always', replan='auto'", "refused", "for the Trainer")
@@ -35,8 +36,21 @@ def test_what_only_a_trainer_can_do(option: dict[str, str], why: str) -> None:
 def test_words_that_are_not_known() -> None:
     with pytest.raises(UsageError, match=r"^profile='sometimes' is not known; it may be 'auto' or 'never'$"):
         FabricStrategy(profile="sometimes")
-    with pytest.raises(TypeError, match="schedule"):
-        FabricStrategy(schedule="1f1b")  # type: ignore[call-arg]
+
+
+@pytest.mark.feature("Fabric: unknown arguments of FabricStrategy", "refused", "The nearest name is suggested")
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"microbatches": 4}, r"FabricStrategy has no argument 'microbatches'. Did you mean 'micro_batches'\? Its arg"),
+        ({"schedule": "1f1b"}, r"no argument 'schedule'. .*arguments are: devices, placement, memory"),
+    ],
+)
+def test_unknown_arguments(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnknownArgumentError, match=says) as caught:
+        FabricStrategy(**given)
+    assert isinstance(caught.value, TypeError)
+    assert "placement" in inspect.signature(FabricStrategy).parameters  # what tools read is as it was
 
 
 @pytest.mark.feature("Fabric: several processes or machines", "refused", "use the Trainer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -289,3 +290,36 @@ def test_peak_memory_spreads_what_time_would_keep_together(measured: Measured) -
     assert small.forecast is not None
     assert len(quick.used) == 1
     assert max(d.memory_bytes for d in small.forecast.devices) < max(d.memory_bytes for d in quick.forecast.devices)
+
+
+def test_rows_that_depend_on_each_other_are_not_cut(measured: Measured) -> None:
+    problem = measured([1.0, 1.0, 1.0, 1.0], [1.0, 1.0])
+    assert problem.profile is not None
+    assert make_plan(get_policy("auto"), problem).execution.schedule == "forward"
+
+    coupled = replace(problem, profile=replace(problem.profile, coupled=("norm",)))
+    for policy in ("auto", "replicate", "exact"):
+        plan = make_plan(get_policy(policy), coupled)
+        assert (plan.execution.schedule, plan.shares_of) == ("whole", {})
+    notes = make_plan(get_policy("auto"), coupled).notes
+    assert any(note.startswith("Batches are not cut: 'norm' uses the mean and variance") for note in notes), notes
+
+    # Who asks for a number of micro-batches gets it as a wish; other modules may be cut.
+    asked = make_plan(get_policy("even"), replace(coupled, micro_batches=4))
+    assert (asked.execution.micro_batches, asked.execution.schedule) == (4, "forward")
+
+    deferred = replace(coupled, defers_batch_norm=True)
+    assert make_plan(get_policy("auto"), deferred).execution.schedule == "forward"
+
+
+def test_what_would_be_cut_is_predicted_as_it_will_run(measured: Measured) -> None:
+    problem = measured([1.0, 1.0], [1.0, 1.0])
+    assert problem.profile is not None
+    device_of = {"u.0": "dev:0", "u.1": "dev:1"}
+    coupled = replace(problem, profile=replace(problem.profile, coupled=("norm",)))
+    forward = Execution(micro_batches=4, schedule="forward")
+
+    assert predicted(coupled, device_of, forward).forecast == predicted(problem, device_of, Execution()).forecast
+    assert (
+        predicted(problem, device_of, forward).forecast.step_s < predicted(coupled, device_of, forward).forecast.step_s
+    )

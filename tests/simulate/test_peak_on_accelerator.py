@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -32,7 +32,6 @@ LAYERS = {
     "block": lambda: [nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))],
     "norm": lambda: [nn.LayerNorm(WIDTH), nn.Dropout(0.1)],
 }
-OWN = ("linear", "block")
 
 
 class Residual(nn.Module):
@@ -93,7 +92,7 @@ def predicted(
 ) -> dict[str, int]:
     graph = find_units(model)
     with Recording(model, graph) as recording:
-        model(torch.ones(ROWS, WIDTH)).square().sum()
+        recording.ends_in(model(torch.ones(ROWS, WIDTH)).square().sum())
     inventory = resolve_devices(",".join(accelerator.devices))
     costs = Costs(graph, inventory, measure_model(recording, inventory))
     forecast = predict(costs, device_of, execution).forecast
@@ -110,15 +109,12 @@ def predicted(
 def test_no_plan_takes_more_than_predicted(
     kinds: list[str], chain: bool, micro_batches: int, data: st.DataObject, devices: EmulatedAccelerator
 ) -> None:
-    # What the model's own code keeps is an estimate; here it adds, and activations are in chains.
-    layers = [layer for kind in kinds for layer in (LAYERS[kind] if chain or kind in OWN else LAYERS["linear"])()]
+    layers = [layer for kind in kinds for layer in LAYERS[kind]()]
     model = nn.Sequential(*layers) if chain else Residual(layers)
     names = find_units(model).names
     cut = data.draw(st.integers(0, len(names)))
     order = data.draw(st.permutations(devices.devices[:2]))
     device_of = {name: order[index >= cut] for index, name in enumerate(names)}
-    # All on the root, with dropout: known to be predicted too low, see the next test.
-    assume("norm" not in kinds or set(device_of.values()) != {devices.devices[0]})
     cuts = micro_batches > 1
     execution = Execution(micro_batches=micro_batches, schedule="forward" if cuts else "whole")
     expected = predicted(model, device_of, execution, devices)
@@ -127,7 +123,6 @@ def test_no_plan_takes_more_than_predicted(
         assert peak <= expected.get(name, 0) + SMALL_BYTES
 
 
-@pytest.mark.xfail(reason="layer normalisation and dropout on the root: predicted too low by 16 kB each", strict=True)
 @pytest.mark.parametrize("kinds", [["gelu", "norm"], ["norm", "norm"]], ids=" ".join)
 def test_normalisation_and_dropout_at_the_end_of_the_root(kinds: list[str], devices: EmulatedAccelerator) -> None:
     model = nn.Sequential(*(layer for kind in kinds for layer in LAYERS[kind]()))

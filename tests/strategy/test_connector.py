@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 
 from lightning_hetero.errors import InventoryError
@@ -103,3 +104,21 @@ def test_the_other_namespace_has_the_same_strategy(quiet: dict[str, Any]) -> Non
     trainer = pytorch_lightning.Trainer(**quiet, strategy="hetero")
     assert type(trainer.strategy) is Other
     assert isinstance(trainer.strategy, pytorch_lightning.strategies.SingleDeviceStrategy)
+
+
+def test_the_root_is_the_current_device_during_a_run_and_no_longer(
+    hetero: Any, accelerator: EmulatedAccelerator
+) -> None:
+    class Looks(Classifier):
+        seen: list[int] = []  # noqa: RUF012
+
+        def on_train_start(self) -> None:
+            self.seen.append(module.current_device())
+
+    first, second = accelerator.devices[:2]
+    module = torch.get_device_module(first)
+    assert module.current_device() == 0
+    for devices in ([second, first, "cpu"], ["cpu", second], [first, "cpu"]):
+        hetero(devices=devices, max_epochs=1).fit(Looks(), data())
+        assert module.current_device() == 0
+    assert Looks.seen == [1, 0, 0]

@@ -174,6 +174,8 @@ def test_a_plan_that_its_optimizer_refuses_is_given_up(
         trainer.fit(module, data(), data())
     assert "cannot run, so it is left out: LBFGS joins all parameters into one vector" in caplog.text
     assert len(trainer.strategy.plan.used) == 1
+    assert trainer.strategy.plan.forecast is not None  # known since the model was measured
+    assert not trainer.strategy.plan.forecast.estimated
 
 
 def test_a_policy_that_fails_on_the_profile_is_given_up(hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -264,3 +266,27 @@ def test_words_that_are_not_known() -> None:
         HeteroStrategy(rematerialize="sometimes")
     with pytest.raises(InventoryError, match=r"no_such_file\.json"):
         HeteroStrategy(device_profile="no_such_file.json")
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "attention"])
+def test_whole_steps_in_micro_batches_are_measured_as_whole_batches(
+    name: str, plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One micro-batch is recorded, as the model must be called once, and what was seen counts for all of its rows."""
+
+    class Quiet(Classifier):
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def on_train_end(self) -> None:
+            self.measured = getattr(self.trainer.strategy, "_measured", None)
+
+    alone, spread = Quiet(name), Quiet(name)
+    plain(accumulate_grad_batches=4, max_epochs=3).fit(alone, data(name, batch_size=2))
+    trainer = hetero(strategy={**ALWAYS, "micro_batches": 4, "micro_batching": "step"}, max_epochs=3)
+    trainer.fit(spread, data(name, batch_size=8))
+    assert "run one after the other" not in caplog.text
+    _, profile = spread.measured
+    assert profile.rows == 8
+    assert {unit.calls for unit in profile.units} == {1}
+    assert difference(alone, spread) <= ROUNDING

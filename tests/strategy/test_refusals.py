@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lightning_hetero.errors import (
@@ -21,7 +21,7 @@ from lightning_hetero.errors import (
 )
 from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
 from lightning_hetero.testing.accelerator import EmulatedAccelerator
-from lightning_hetero.testing.lightning_module import Classifier, data
+from lightning_hetero.testing.lightning_module import Classifier, data, difference
 
 
 @pytest.mark.feature("optimizers: LBFGS over several devices", "refused", "With placement='single' it works.")
@@ -32,10 +32,20 @@ def test_lbfgs_over_several_devices(hetero: Any) -> None:
     assert model.losses == []
 
 
-def test_lbfgs_on_one_device_works(hetero: Any) -> None:
-    model = Classifier("mlp", lambda p: torch.optim.LBFGS(p, max_iter=2))
-    hetero(placement="single", max_epochs=1).fit(model, data())
-    assert model.losses
+@pytest.mark.feature("optimizers: LBFGS over the layers of one device", note="The others may be anywhere.")
+@pytest.mark.parametrize("layer", [None, "first", "second", "third"])
+def test_lbfgs_on_one_device_works(layer: str | None, plain: Any, hetero: Any) -> None:
+    class Partly(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            trained = self.net if layer is None else getattr(self.net, layer)
+            return torch.optim.LBFGS(trained.parameters(), max_iter=2)
+
+    alone, other = Partly(), Partly()
+    plain(max_epochs=1).fit(alone, data())
+    trainer = hetero(placement="single" if layer is None else "round_robin", max_epochs=1)
+    trainer.fit(other, data())
+    assert len(trainer.strategy.plan.used) == (1 if layer is None else 3)
+    assert difference(alone, other) <= 1e-12
 
 
 @pytest.mark.feature("optimizers: capturable=True with parameters on the CPU", "refused")
@@ -45,11 +55,21 @@ def test_capturable_optimizers_with_parameters_on_the_cpu(hetero: Any) -> None:
         hetero().fit(model, data())
 
 
-@pytest.mark.feature("callbacks: ModelPruning over all layers at once", "refused", "Layer by layer it works.")
-def test_global_pruning(hetero: Any) -> None:
-    pruning = ModelPruning("l1_unstructured", use_global_unstructured=True, amount=0.3)
-    with pytest.raises(UnsupportedError, match=r"Set use_global_unstructured=False"):
-        hetero(callbacks=[pruning]).fit(Classifier(), data())
+@pytest.mark.feature("callbacks: WeightAveraging, EMAWeightAveraging")
+@pytest.mark.parametrize("place", [None, "cpu"])
+def test_a_copy_of_the_model_that_does_not_fit_beside_the_plan_is_announced(
+    place: str | None, accelerator: EmulatedAccelerator, hetero: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    devices = [*accelerator.devices[:2], "cpu"]
+    for limit in ("4KiB", "1MiB"):
+        caplog.clear()
+        callback = EMAWeightAveraging(decay=0.9, device=place)
+        hetero(devices=devices, strategy={"memory": {devices[0]: limit}}, callbacks=[callback]).fit(
+            Classifier(), data()
+        )
+        said = f"EMAWeightAveraging keeps a copy of the whole model, 3.79 KiB, on {devices[0]}, where the plan leaves"
+        assert (said in caplog.text) == (limit == "4KiB" and place is None)
+        assert ("Give it a device with more memory, such as device='cpu'." in caplog.text) == (said in caplog.text)
 
 
 @pytest.mark.feature(

@@ -363,3 +363,21 @@ def test_no_more_micro_batches_are_alive_than_devices_and_one(hetero: Any, accel
     kept = 8 * batch  # output of each of the eight tanh of the first device, for the whole batch
     assert peaks["forward"] > batch + kept
     assert peaks["step"] < batch + kept * 5 / 8  # three of eight, and what one of them needs while it runs
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(2, None), (3, None), (4, 2), (5, 2), (8, 4)])
+def test_batch_normalisation_gets_two_rows_at_least(
+    rows: int, parts: int | None, plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+
+    class Counts(Quiet):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            seen.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    model = Counts("convnet")
+    hetero(devices=EMULATED, **STEPS, max_steps=1).fit(model, data("convnet", batch_size=rows))
+    assert len(seen) == (parts or 1)
+    assert min(seen) >= 2
+    assert ("because batch normalisation needs two rows of each" in caplog.text) == (parts is None)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
 from lightning_hetero.errors import TargetError
 from lightning_hetero.export.quiet import without_chatter
 from lightning_hetero.export.targets.target import Run, Saved, StageProgram, reason
-from lightning_hetero.export.targets.torch_program import check_torch_device, torch_devices
+from lightning_hetero.export.targets.torch_program import OnTorch, check_torch_device, run_on, torch_devices
 
 
-class _Aoti:
-    packages: Mapping[str, str] = {}
-    default_device = "cpu"
-    runs = True
-
+class _Aoti(OnTorch):
     def available(self) -> tuple[str, ...]:
         return tuple(device for device in torch_devices() if device.partition(":")[0] in ("cpu", "cuda", "xpu"))
 
-    def check(self, device: str) -> None:
-        check_torch_device(device, "aoti")
-
     def save(self, stage: StageProgram, folder: Path, device: str) -> Saved:
-        place = check_torch_device(device, "aoti")  # what is compiled is compiled for this device
+        place = check_torch_device(device, self.family)  # what is compiled is compiled for this device
         path = folder / f"{stage.name}.pt2"
         try:
             with without_chatter():
@@ -41,7 +33,7 @@ class _Aoti:
         return Saved((path,))
 
     def load(self, file: Path, device: str, affinity: Mapping[str, str]) -> Run:
-        place = check_torch_device(device, "aoti")
+        place = check_torch_device(device, self.family)
         with without_chatter():
             try:
                 program = torch._inductor.aoti_load_package(str(file), device_index=place.index or -1)
@@ -50,13 +42,7 @@ class _Aoti:
                     f"target 'aoti:{device}' does not take {file.name}: {reason(error)}. It was compiled for one type "
                     "of device and one kind of processor; export again on this machine."
                 ) from error
-
-        def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            with torch.inference_mode():
-                outputs: Sequence[Tensor] = program(*(tensor.to(place) for tensor in inputs))
-            return outputs
-
-        return run
+        return run_on(place, program)
 
 
-TARGET = _Aoti()
+TARGET = _Aoti("aoti")

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from lightning_hetero.errors import TargetError
 from lightning_hetero.export.quiet import without_chatter
 from lightning_hetero.export.targets.target import Run, Saved, StageProgram, reason
 
 _CPU = "CPUExecutionProvider"
+_BFLOAT16, _BFLOAT16_IN_ONNX = "tensor(bfloat16)", 16  # TensorProto.BFLOAT16
 
 
 class _Onnx:
@@ -83,10 +85,34 @@ def session_run(session: Any, device: str, name: str) -> Run:
             "Its provider failed to start; see the log of ONNX Runtime."
         )
     names = [value.name for value in session.get_inputs()]
+    if any(value.type == _BFLOAT16 for value in (*session.get_inputs(), *session.get_outputs())):
+        return _run_beyond_numpy(session, names)
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
         return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+    return run
+
+
+def _run_beyond_numpy(session: Any, names: Sequence[str]) -> Run:
+    """Run a session that takes or gives bfloat16, which NumPy does not know."""
+    from onnxruntime import OrtValue
+
+    def value_of(tensor: Tensor) -> Any:
+        here = tensor.detach().cpu().contiguous()
+        if here.dtype == torch.bfloat16:
+            return OrtValue.ortvalue_from_numpy_with_onnx_type(here.view(torch.int16).numpy(), _BFLOAT16_IN_ONNX)
+        return OrtValue.ortvalue_from_numpy(here.numpy())
+
+    def tensor_of(value: Any) -> Tensor:
+        if value.element_type() == _BFLOAT16_IN_ONNX:
+            return from_dlpack(value._ortvalue.to_dlpack())
+        return torch.from_numpy(value.numpy())
+
+    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        values = {name: value_of(tensor) for name, tensor in zip(names, inputs, strict=True)}
+        return [tensor_of(value) for value in session.run_with_ort_values(None, values)]
 
     return run
 

@@ -97,10 +97,26 @@ def compiled_run(compiled: Any) -> Run:
     def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if not hasattr(requests, "request"):
             requests.request = compiled.create_infer_request()
-        found = requests.request.infer([tensor.detach().cpu().contiguous().numpy() for tensor in inputs])
-        return [torch.from_numpy(found[output]) for output in compiled.outputs]
+        found = requests.request.infer([_array(tensor) for tensor in inputs])
+        return [_tensor(found[output], output.element_type.get_type_name()) for output in compiled.outputs]
 
     return run
+
+
+def _array(tensor: Tensor) -> Any:
+    """As OpenVINO takes it: NumPy does not know bfloat16, so its bits come with their type."""
+    import openvino
+
+    here = tensor.detach().cpu().contiguous()
+    if here.dtype != torch.bfloat16:
+        return here.numpy()
+    return openvino.Tensor(here.view(torch.int16).numpy(), openvino.Shape(list(here.shape)), openvino.Type.bf16)
+
+
+def _tensor(array: Any, kind: str) -> Tensor:
+    if kind != "bf16":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view("int16")).view(torch.bfloat16)  # OpenVINO calls the bits float16
 
 
 def _model(stage: StageProgram, device: str) -> tuple[Any, tuple[tuple[str, str], ...]]:

@@ -7,16 +7,15 @@ tool, with a note of how to go on. Nothing of this was ever run on the hardware.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_hetero.devices.spec import DeviceSpec
 from lightning_hetero.errors import TargetError
+from lightning_hetero.export.operators import asked_by
 from lightning_hetero.export.targets.target import Run, Saved, StageProgram, Target
 
 
@@ -51,6 +50,13 @@ class Limits:
     fallback_arguments: tuple[str, ...]
     remarks: tuple[str, ...]
     sources: tuple[str, ...]
+
+    def lacking(self, operators: Iterable[str]) -> list[str]:
+        """Those of some operations of torch that it has no layer for, as far as the vendor says what it has."""
+        if self.operators is None:
+            return []
+        known = {name for names in self.operators.values() for name in names}
+        return sorted({*operators} - known)
 
 
 @cache
@@ -157,22 +163,10 @@ class Prepared:
             )
 
     def _check_operators(self, stage: StageProgram, device: str) -> None:
-        if self.limits.operators is None:
-            return
-        known = {name for names in self.limits.operators.values() for name in names}
-        missing = sorted({name for name in operators_of(stage) if name not in known})
+        missing = self.limits.lacking(asked_by(stage.graph.graph.nodes).operators)
         if missing:
             raise TargetError(
                 f"{stage.name}: {self.limits.title} has no {', '.join(missing)}. Put the units that use it on another "
                 f"device, or let it run elsewhere with the target '{self.family}:{device},{self.limits.fallback}'. "
-                f"It has: {'; '.join(self.limits.operators)}. Source: {self.limits.sources[0]}"
+                f"It has: {'; '.join(self.limits.operators or ())}. Source: {self.limits.sources[0]}"
             )
-
-
-def operators_of(stage: StageProgram) -> set[str]:
-    """Names of the operations of torch in a stage: "conv2d", "relu"."""
-    found = set()
-    for node in stage.graph.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target is not torch.ops.aten.sym_size.int:
-            found.add(node.target.overloadpacket.__name__)
-    return found

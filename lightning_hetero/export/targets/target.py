@@ -107,6 +107,7 @@ _FAMILIES = {
     "aoti": "aoti",
     "onnx": "onnx",
     "openvino": "openvino",
+    "executorch": "executorch",
 }
 
 

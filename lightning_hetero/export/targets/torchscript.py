@@ -7,29 +7,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lightning_hetero.errors import TargetError
 from lightning_hetero.export.quiet import without_chatter
 from lightning_hetero.export.targets.target import Run, Saved, StageProgram, reason
-from lightning_hetero.export.targets.torch_program import check_torch_device, torch_devices
+from lightning_hetero.export.targets.torch_program import OnTorch, check_torch_device, run_on
 
 
-class _TorchScript:
-    packages: Mapping[str, str] = {}
-    default_device = "cpu"
-    runs = True
-
-    def available(self) -> tuple[str, ...]:
-        return torch_devices()
-
-    def check(self, device: str) -> None:
-        check_torch_device(device, "torchscript")
-
+class _TorchScript(OnTorch):
     def save(self, stage: StageProgram, folder: Path, device: str) -> Saved:
         warnings.warn(
             "target 'torchscript': torch deprecates TorchScript, and may drop it. "
@@ -48,16 +38,10 @@ class _TorchScript:
         return Saved((path,))
 
     def load(self, file: Path, device: str, affinity: Mapping[str, str]) -> Run:
-        place = check_torch_device(device, "torchscript")
+        place = check_torch_device(device, self.family)
         with without_chatter():
             program = torch.jit.load(str(file), map_location=place).eval()
-
-        def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            with torch.inference_mode():
-                outputs: Sequence[Tensor] = program(*(tensor.to(place) for tensor in inputs))
-            return outputs
-
-        return run
+        return run_on(place, program)
 
 
 def _scriptable(graph: fx.GraphModule) -> fx.GraphModule:
@@ -72,4 +56,4 @@ def _scriptable(graph: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-TARGET = _TorchScript()
+TARGET = _TorchScript("torchscript")

@@ -10,6 +10,8 @@ The pieces, from the bottom up::
     lanes           threads that run the user's code for one micro-batch each
     leaves          which parameters a graph depends on, and sums of their gradients in a fixed order
     streams         random numbers that depend on micro-batch and call, not on timing
+    fresh           tensors that nobody has touched since they were made
+    inputs          what a unit is called with, on its device
     cut             a call of a placed module from a lane: task, cut of the graph, task of the backward
     batch           inputs cut into rows, outputs joined
     silence         hooks on parameters, silent while parts of gradients are computed

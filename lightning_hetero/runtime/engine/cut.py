@@ -10,6 +10,9 @@ In the backward, Exit only submits a task, because it may run in autograd's own 
 lanes need too. Enter waits for the task: its gradient is that of a CPU scalar, so it runs in the lane's own thread.
 One node that submits and waits deadlocks as soon as outputs are on an accelerator. Where they are on the CPU, its
 backward runs in the lane's own thread, and one node, Both, does the work of two.
+
+Tensors change their device between these graphs, outside of autograd: inputs before the unit's graph begins, outputs
+behind its end, gradients the other way. So it is known who waits for a copy, and no device waits for another.
 """
 
 from __future__ import annotations
@@ -24,7 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from lightning_hetero.runtime.containers import are_unchanged, contents
+from lightning_hetero.runtime import frames
+from lightning_hetero.runtime.borders import enters_by, leaves_by
+from lightning_hetero.runtime.copies import Arriving, Mark, mark, send
+from lightning_hetero.runtime.engine.fresh import Fresh
+from lightning_hetero.runtime.engine.inputs import Inputs
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import gradients, walk
 from lightning_hetero.runtime.engine.state import (
@@ -38,7 +45,8 @@ from lightning_hetero.runtime.engine.state import (
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.worker import Task, Worker
-from lightning_hetero.runtime.transfer import version_of
+from lightning_hetero.runtime.frames import Frame
+from lightning_hetero.runtime.transfer import map_tensors, to_device
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.call import Call
@@ -96,15 +104,24 @@ class UnitCall:
         inner: Nodes of the unit's graph, where they are checked for capture; None otherwise.
     """
 
-    __slots__ = ("_edges", "_inputs", "_lane", "_outputs", "_result", "inner", "leaves", "number", "unit")
+    __slots__ = (
+        "_edges", "_handed", "_homes", "_inputs", "_lane", "_outputs", "_places", "_result",
+        "inner", "leaves", "number", "unit",
+    )  # fmt: skip
 
-    def __init__(self, call: Call, lane: Lane, unit: Unit, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def __init__(
+        self, call: Call, lane: Lane, unit: Unit, inputs: Inputs, outputs: list[Tensor], handed: list[Tensor]
+    ) -> None:
         self._lane = weakref.ref(lane)
         self.unit = unit
         self.number = len(lane.trace) - 1
-        self._inputs: list[Tensor] | None = inputs
+        self._inputs: list[Tensor] | None = inputs.leaves
         self._outputs: list[Tensor] | None = outputs
-        self._edges, leaves, nodes = walk(outputs, known=inputs)
+        self._handed: tuple[Tensor, ...] = tuple(handed)
+        # Where gradients have to be brought; None if they come to the right device by themselves.
+        self._homes = inputs.homes
+        self._places = _places(outputs, handed)
+        self._edges, leaves, nodes = walk(outputs, known=inputs.leaves)
         self.leaves = unit.homes(leaves)
         self.inner: set[Node] | None = nodes if call.checks_capture else None
         self._result: Callable[[], Any] | None = None
@@ -118,10 +135,10 @@ class UnitCall:
             raise RuntimeError(_escaped(self.unit.name, "a module"))
         return lane
 
-    def detached_outputs(self) -> tuple[Tensor, ...]:
-        """The outputs for the lane's graph."""
-        assert self._outputs is not None
-        return tuple(output.detach() for output in self._outputs)
+    def take_outputs(self) -> tuple[Tensor, ...]:
+        """The outputs for the lane's graph, once: this may not keep them, since their graph keeps this."""
+        handed, self._handed = self._handed, ()
+        return tuple(tensor.detach() for tensor in handed)
 
     def submit_backward(self, given: tuple[Tensor | None, ...]) -> None:
         """Get the backward of the unit's graph on its way: to the thread of the device, or this one, in `wait`."""
@@ -133,7 +150,13 @@ class UnitCall:
             raise CannotCutError("a gradient inside of it is differentiated again (create_graph=True)")
         worker = self.unit.worker
         place = call.place("B", self.unit, lane)
-        task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, given))
+        if self._places is None:
+            arriving = Arriving(given)
+        else:
+            known = lane.fresh_gradients
+            ready = None if known is None else known.ready([g for g in given if g is not None])
+            arriving = send(given, self._places, ready)
+        task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, arriving))
         if worker.takes_help and is_plain():
             self._result = partial(worker.help, place, call.number, task)
         else:
@@ -144,18 +167,19 @@ class UnitCall:
         result, self._result = self._result, None  # an error in it holds frames, and they this graph
         if result is None:
             raise RuntimeError(f"{self.unit.name}: its backward was asked for before that of its outputs")
-        found: Sequence[Tensor | None] = result()
-        return found
+        found, made_at = result()
+        gradients: Sequence[Tensor | None] = found if self._homes is None else send(found, self._homes, made_at).take()
+        return gradients
 
-    def _backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+    def _backward(self, lane: Lane, arriving: Arriving) -> tuple[Sequence[Tensor | None], Mark | None]:
         call = lane.call
         call.check()
         outputs, inputs = self._outputs, self._inputs
         if outputs is None or inputs is None:
             raise RuntimeError("backward through a cut module a second time, without retain_graph=True the first time")
-        pairs = [(y, g) for y, g in zip(outputs, given, strict=True) if g is not None]
+        pairs = [(y, g) for y, g in zip(outputs, arriving.take(), strict=True) if g is not None]
         if not pairs:
-            return (None,) * len(inputs)
+            return (None,) * len(inputs), None
         reached, theirs = zip(*pairs, strict=True)
         with _drawing(call, lane, self.unit, None):
             found = gradients(reached, theirs, [*inputs, *self._edges], keep_graph=call.keeps_graph)
@@ -163,7 +187,12 @@ class UnitCall:
         call.sums.add(self.unit.number, lane.index, self.number, self.leaves, found[count:])
         if not call.keeps_graph:
             self._inputs = self._outputs = None
-        return found[:count]
+        return found[:count], None if self._homes is None else mark(self.unit.worker.torch_device)
+
+
+def _places(outputs: Sequence[Tensor], handed: Sequence[Tensor]) -> list[torch.device] | None:
+    places = [output.device for output in outputs]
+    return None if places == [tensor.device for tensor in handed] else places
 
 
 def _escaped(unit: str, region: str) -> str:
@@ -193,7 +222,7 @@ class Exit(torch.autograd.Function):
     def forward(ctx: Any, call: UnitCall, phony: Tensor) -> Any:  # noqa: D102
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return call.detached_outputs()
+        return call.take_outputs()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
@@ -208,7 +237,7 @@ class Both(torch.autograd.Function):
     def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> Any:  # noqa: D102
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return call.detached_outputs()
+        return call.take_outputs()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
@@ -238,87 +267,108 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
     records = records_now()
     if given.opaque is not None:
         raise CannotCutError(f"{unit.name} is called with a {type(given.opaque).__name__}, which may hold tensors")
-    lane_inputs: list[Tensor] = []
-    inputs: list[Tensor] = []
-    tensors = given.tensors
-    if records:
-        tensors = _detached(tensors, lane_inputs, inputs)
     if unit.draws and saves_otherwise():
         raise CannotCutError(f"{unit.name} draws random numbers under activation checkpointing from outside")
-    versions = [version_of(tensor) for tensor in given.tensors]
-    passed, named = given.build(tensors) if kwargs else (given.build(tensors), kwargs)
-    number = len(lane.trace)
     lane.trace.append(unit.number)
-    containers = contents((passed, *named.values())) if given.has_containers else []
+    with lane.stream.paused() if lane.stream is not None else _NOTHING:
+        return _run(call, lane, unit, given, records, bool(kwargs))
 
-    def work() -> Any:
+
+def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwargs: bool) -> Any:
+    """Let the unit's worker do it, and wait."""
+    device = unit.worker.torch_device
+    around = frames.top()
+    in_chain = around is not None and around.chain
+    fresh = lane.fresh if lane.passes_on else None
+    lane.fresh, lane.passes_on = None, False
+    wanted = device if enters_by(unit.parts[0]) == device else None
+    inputs = Inputs(given, wanted, records=records, fresh=fresh)
+    home = None if in_chain or device == call.engine.root else leaves_by(unit.parts[-1])
+    number = len(lane.trace) - 1
+
+    def work() -> tuple[Any, Mark | None]:
         call.check()
+        arrived = inputs.arrive()
+        args, kwargs = arrived if has_kwargs else (arrived, {})
+        if home is not None:
+            frames.push(Frame(0, home, chain=True))  # outputs leave the device behind the end of the unit's graph
         with _drawing(call, lane, unit, number):
-            return unit.run(*passed, **named)
+            output = unit.run(*args, **kwargs)
+        return output, mark(device)
 
     worker = unit.worker
     helps = worker.takes_help
     run = partial(run_here if helps else ThreadState(call.device_types).run, work)
     task = Task("F", unit.name, unit.stage, lane.index, run)
     place = call.place("F", unit, lane)
-    with lane.stream.paused() if lane.stream is not None else _NOTHING, call.in_order(lane, unit):
-        output = worker.help(place, call.number, task) if helps else worker.submit(place, call.number, task).get()
-    if versions != [version_of(tensor) for tensor in given.tensors]:
-        raise CannotCutError(f"{unit.name} changes its input in place")
-    if containers and not are_unchanged(containers):
-        raise CannotCutError(f"{unit.name} writes into a container that it is given")
-    return _attach(call, lane, unit, output, given.tensors, tensors, lane_inputs, inputs) if records else output
-
-
-def _detached(tensors: list[Tensor], lane_inputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The tensors, those with a graph replaced by leaves. A tensor that is passed twice arrives as one."""
-    new_of: dict[int, Tensor] = {}
-    result = []
-    for tensor in tensors:
-        if not tensor.requires_grad:
-            result.append(tensor)
-            continue
-        if id(tensor) not in new_of:
-            new_of[id(tensor)] = tensor.detach().requires_grad_()
-            lane_inputs.append(tensor)
-            inputs.append(new_of[id(tensor)])
-        result.append(new_of[id(tensor)])
-    return result
+    with call.in_order(lane, unit):
+        result = worker.help(place, call.number, task) if helps else worker.submit(place, call.number, task).get()
+    output, made_at = result
+    if (changed := inputs.changed()) is not None:
+        raise CannotCutError(f"{unit.name} {changed}")
+    if records:
+        output = _attach(call, lane, unit, output, inputs, home, made_at)
+    elif home is not None:
+        output = _brought(output, inputs, home, made_at)
+    if made_at is not None and in_chain:
+        lane.fresh = Fresh(made_at, Tree(output).tensors)
+    return output
 
 
 def _attach(
-    call: Call,
-    lane: Lane,
-    unit: Unit,
-    output: Any,
-    given: list[Tensor],
-    used: list[Tensor],
-    lane_inputs: list[Tensor],
-    inputs: list[Tensor],
+    call: Call, lane: Lane, unit: Unit, output: Any, inputs: Inputs, home: torch.device | None, made_at: Mark | None
 ) -> Any:
-    """The output of a unit as part of the lane's graph."""
+    """The output of a unit as part of the lane's graph; on `home`, or where it is."""
     found = Tree(output)
     if found.opaque is not None:
         raise CannotCutError(f"{unit.name} returns a {type(found.opaque).__name__}, which may hold tensors")
-    given_of = {id(new): old for old, new in zip(given, used, strict=True)}
-    results: list[Tensor] = []
-    traced: list[Tensor] = []
-    places: list[int] = []
-    for tensor in found.tensors:
-        results.append(given_of.get(id(tensor), tensor))
-        if tensor.requires_grad and id(tensor) not in given_of:
-            places.append(len(results) - 1)
-            # A leaf (a weight that is returned) has no node to begin a backward at.
-            traced.append(tensor if tensor.grad_fn is not None else tensor.view_as(tensor))
-    if traced:
-        made = UnitCall(call, lane, unit, inputs, traced)
-        if all(tensor.is_cpu for tensor in traced):
-            outputs = _both(made, lane.anchor, *lane_inputs)
+    given_of = inputs.given_of
+    own = [tensor for tensor in found.tensors if id(tensor) not in given_of]
+    results = own if home is None else _sent(own, home, made_at)
+    places = [place for place, tensor in enumerate(own) if tensor.requires_grad]
+    if places:
+        # A leaf (a weight that is returned) has no node to begin a backward at.
+        traced = [own[place] if own[place].grad_fn is not None else own[place].view_as(own[place]) for place in places]
+        handed = [results[place] for place in places]
+        made = UnitCall(call, lane, unit, inputs, traced, handed)
+        if all(tensor.is_cpu for tensor in handed):
+            outputs = _both(made, lane.anchor, *inputs.traced)
         else:
-            outputs = _exit(made, _enter(made, lane.anchor, *lane_inputs))
+            outputs = _exit(made, _enter(made, lane.anchor, *inputs.traced))
+        results = list(results)
         for place, tensor in zip(places, outputs, strict=True):
             results[place] = tensor
+    if len(own) < len(found.tensors):
+        rest = iter(results)
+        results = [
+            _handed_through(given_of[id(tensor)], home) if id(tensor) in given_of else next(rest)
+            for tensor in found.tensors
+        ]
     return found.build(results)
+
+
+def _brought(output: Any, inputs: Inputs, home: torch.device, made_at: Mark | None) -> Any:
+    """The output of a unit, on `home`, if autograd does not record."""
+    given_of = inputs.given_of
+    own = [tensor for tensor in Tree(output).tensors if id(tensor) not in given_of]
+    new_of = {id(tensor): new for tensor, new in zip(own, _sent(own, home, made_at), strict=True)}
+
+    def visit(tensor: Tensor) -> Tensor:
+        new = new_of.get(id(tensor))
+        return _handed_through(given_of.get(id(tensor), tensor), home) if new is None else new
+
+    return map_tensors(output, visit, home)
+
+
+def _sent(tensors: Sequence[Tensor], home: torch.device, made_at: Mark | None) -> list[Tensor]:
+    """The tensors on `home`, without graphs, for this thread to use."""
+    plain = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+    return [tensor for tensor in send(plain, [home] * len(plain), made_at).take() if tensor is not None]
+
+
+def _handed_through(given: Tensor, home: torch.device | None) -> Tensor:
+    """An input that is handed through comes back as the very tensor that was given, if it is where it should be."""
+    return given if home is None else to_device(given, home)
 
 
 def _drawing(call: Call, lane: Lane, unit: Unit, number: int | None) -> AbstractContextManager[None]:

@@ -29,6 +29,7 @@ from lightning_hetero.runtime.engine.region import RegionCall, RegionTask
 from lightning_hetero.runtime.engine.replicas import Copies, Seat, why_not
 from lightning_hetero.runtime.engine.state import (
     ThreadState,
+    are_operations_counted,
     has_global_hooks,
     saves_otherwise,
     stays_in_its_thread,
@@ -36,7 +37,7 @@ from lightning_hetero.runtime.engine.state import (
 from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.verdict import Trial, Verdict
-from lightning_hetero.runtime.engine.watch import Watch
+from lightning_hetero.runtime.engine.watch import Listener, Watch
 from lightning_hetero.runtime.engine.worker import Worker
 from lightning_hetero.runtime.layout import Block, Layout
 from lightning_hetero.schedule import Pipeline
@@ -123,7 +124,7 @@ class Engine:
         # Those that own no stage: schedules know owners only, and a replica wants work too.
         self.more_devices = len(self._workers) - len(set(self._stages))
         devices = [root, *(worker.torch_device for worker in self._workers.values())]
-        self.generators = Generators(devices)
+        self.generators = Generators([*devices, torch.device("cpu")])  # whose numbers code for any device may use
         self.device_types = tuple(dict.fromkeys(device.type for device in devices))
         self._pool: LanePool | None = None
         self._units: list[ModuleUnit] = []
@@ -249,7 +250,8 @@ class Engine:
         if reason is None and not self._one_call.acquire(blocking=False):
             reason = "another thread is in a cut call already"
         if reason is not None:
-            self._note(region, reason)
+            if not are_operations_counted():  # then it says nothing about the calls to come
+                self._note(region, reason)
             return region.whole(*args, **kwargs)
         try:
             prepared = self._prepare(region, args, kwargs)
@@ -408,7 +410,7 @@ class Engine:
             log.warning("%s. %s", reason, consequence)
 
     @property
-    def trial(self) -> Watch | None:
+    def trial(self) -> Listener | None:
         """To whom units report that this thread calls."""
         return self._local.trial
 
@@ -418,7 +420,7 @@ class Engine:
         return self._local.is_inline
 
     @contextmanager
-    def watching(self, watch: Watch) -> Iterator[None]:
+    def watching(self, watch: Listener) -> Iterator[None]:
         """Within the block units run in this thread and report to `watch`."""
         self._local.trial = watch
         try:
@@ -539,7 +541,7 @@ def _dismiss(pool: LanePool, workers: Sequence[Worker]) -> None:
 
 
 class _Local(threading.local):
-    trial: Watch | None = None
+    trial: Listener | None = None
     is_inline = False
 
 

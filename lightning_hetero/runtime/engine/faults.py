@@ -9,6 +9,8 @@ import threading
 
 from lightning_hetero.errors import HangError
 
+_DEBUGGERS = ("bdb", "pdb", "pydevd", "_pydevd_bundle")
+
 
 class Countdown:
     """Waits until something has happened a number of times.
@@ -58,3 +60,13 @@ def hang(waiting_for: str, timeout_s: float, busy: str) -> HangError:
         f"{waiting_for} has not ended after {timeout_s:g} s. {busy} What every thread was doing stands on stderr. "
         "If the step is only slow, raise hang_timeout_s."
     )
+
+
+def is_debugged(thread: threading.Thread) -> bool:
+    """Whether somebody looks at a thread in a debugger, and takes the time that it takes."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _DEBUGGERS:
+            return True
+        frame = frame.f_back
+    return False

@@ -232,11 +232,22 @@ class Region(StandIn):
 
     def in_lane(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with runs of modules on one device as one call."""
+        lane = calling_lane()
+        given = None if lane is None else lane.take_given()
         if self.chain is None or len(args) != 1 or kwargs or not self._chain_holds():
             return self.plain(*args, **kwargs)
+        if lane is not None:
+            lane.fresh = given
         (x,) = args
         for link in self.chain:
+            if lane is None:
+                x = link(x)
+                continue
+            lane.passes_on = isinstance(link, ChainUnit)
             x = link(x)
+            lane.passes_on = False
+            if not isinstance(link, ChainUnit):
+                lane.fresh = None  # any module may do to a tensor what nobody sees
         return x
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -277,7 +288,14 @@ class BlockRegion(Region):
 
     def in_lane(self, *args: Any, **kwargs: Any) -> Any:
         """The call of the unit."""
-        return self._unit(*args, **kwargs)
+        lane = calling_lane()
+        if lane is None:
+            return self._unit(*args, **kwargs)
+        lane.fresh, lane.passes_on = lane.take_given(), True
+        try:
+            return self._unit(*args, **kwargs)
+        finally:
+            lane.passes_on = False
 
     def install(self) -> None:
         """The unit has taken the place of the module's call already."""

@@ -22,6 +22,7 @@ from lightning_hetero.runtime.engine.worker import Cancelled
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.call import Call
     from lightning_hetero.runtime.engine.cut import UnitCall
+    from lightning_hetero.runtime.engine.fresh import Fresh
     from lightning_hetero.runtime.engine.streams import Stream
 
 
@@ -42,6 +43,10 @@ class Lane:
         nodes: Inner nodes of the lane's graph.
         gradients: Gradients of `inputs`, once they are known.
         in_backward: Whether the backward of the whole lane runs.
+        given: What the lane was given, until its region begins.
+        fresh: What the lane was given, or the last unit has returned.
+        fresh_gradients: The gradients that its backward begins with.
+        passes_on: Whether `fresh` goes straight to the next unit, without user code in between.
     """
 
     anchor = torch.zeros((), device="cpu", requires_grad=True)
@@ -79,11 +84,20 @@ class Lane:
 
     def drop_graph(self) -> None:
         """Let go of activations."""
+        self.given: Fresh | None = None
+        self.fresh: Fresh | None = None
+        self.fresh_gradients: Fresh | None = None
+        self.passes_on = False
         self.units: list[UnitCall] = []
         self.outputs: list[Tensor] = []
         self.edges: list[GradientEdge] = []
         self.leaves: list[Tensor] = []
         self.nodes: set[Node] = set()
+
+    def take_given(self) -> Fresh | None:
+        """What the lane was given, for the region that it was given to; None for regions inside of that."""
+        given, self.given = self.given, None
+        return given
 
 
 class _Local(threading.local):

@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_hetero.runtime.containers import are_unchanged, contents
+from lightning_hetero.runtime.copies import Mark, mark
 from lightning_hetero.runtime.engine.batch import Cut, Join, joined, offsets
 from lightning_hetero.runtime.engine.batch_norm import Deferred
 from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.fresh import Fresh
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import OrderedSums, gradients, walk
 from lightning_hetero.runtime.engine.state import keeps_graph
@@ -110,6 +112,7 @@ class RegionCall(Call):
         self._parameters: list[Tensor] = list(task.rematerialized or ())
         self._traced: list[int] = []  # places of outputs that have a graph
         self.columns: list[list[Tensor]] = []
+        self._ready: Mark | None = None  # when lanes may read what they are given; that of their backward likewise
         self._spent = False
         self._differentiated: tuple[Tensor | None, ...] | None = None
         self._draws_again = False
@@ -132,6 +135,7 @@ class RegionCall(Call):
         versions = [version_of(buffer) for buffer in self.task.buffers]
         with self.task.deferred.collecting():
             self.engine.renew_replicas()
+            self._ready = mark(self.engine.root)
             self._start(work, self.engine.lanes_at_once)
             self._finish()
             same = versions == [version_of(buffer) for buffer in self.task.buffers]
@@ -151,6 +155,8 @@ class RegionCall(Call):
             for place in self._needed:
                 tensors[place] = tensors[place].requires_grad_()
                 lane.inputs.append(tensors[place])
+        if self._ready is not None:
+            lane.given = Fresh(self._ready, tensors)
         args, kwargs = task.given.build(tensors)
         containers = contents((args, *kwargs.values())) if task.given.has_containers else []
         with torch.set_grad_enabled(records):
@@ -249,6 +255,7 @@ class RegionCall(Call):
                 self._draws_again = True
             self._during_backward.enter_context(self.task.deferred.untouched())
             self.engine.renew_replicas()
+        self._ready = mark(self.engine.root)
         self._start(lambda lane: self._lane_backward(lane, given), self.engine.lanes_at_once)
 
     def _lane_backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> None:
@@ -260,6 +267,8 @@ class RegionCall(Call):
             for output, gradient in zip(lane.outputs, given, strict=True)
             if gradient is not None and output.requires_grad
         ]
+        if self._ready is not None:
+            lane.fresh_gradients = Fresh(self._ready, [gradient for _, gradient in pairs])
         inputs, leaves = lane.inputs, lane.leaves
         found: Sequence[Tensor | None] = [None] * (1 + len(inputs) + len(leaves))
         if pairs:

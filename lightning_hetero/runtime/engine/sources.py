@@ -14,20 +14,24 @@ class OtherSources:
         self._python = random.getstate()
         self._numpy: Any = None if _numpy() is None else _numpy().get_state()
 
+    def drawn(self) -> str | None:
+        """What was drawn from since, in words that follow "it"; None if nothing was."""
+        if self._numpy is not None and not _equal(_numpy().get_state(), self._numpy):
+            return "draws random numbers from numpy.random"
+        return None if random.getstate() == self._python else "draws random numbers from Python's random"
+
     def put_back(self) -> str | None:
         """Undo what was drawn since.
 
         Returns:
-            What was drawn from, in words that follow "it"; None if nothing was.
+            As `drawn`.
         """
-        change: str | None = None
-        if random.getstate() != self._python:
+        drawn = self.drawn()
+        if drawn is not None:
             random.setstate(self._python)
-            change = "draws random numbers from Python's random"
-        if self._numpy is not None and not _equal(_numpy().get_state(), self._numpy):
-            _numpy().set_state(self._numpy)
-            change = "draws random numbers from numpy.random"
-        return change
+            if self._numpy is not None:
+                _numpy().set_state(self._numpy)
+        return drawn
 
 
 def _numpy() -> Any:

@@ -148,6 +148,14 @@ def has_global_hooks() -> bool:
     )
 
 
+def are_operations_counted() -> bool:
+    """Whether torch's FLOP counter looks at what runs now, as Lightning's model summary has it do for one forward."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
+
+
 def records_now() -> bool:
     """Whether autograd records what this thread does."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

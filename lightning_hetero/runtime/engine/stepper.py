@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +14,23 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, offsets
+from lightning_hetero.runtime.engine.batch_norm import uses_batch
+from lightning_hetero.runtime.engine.in_turn import InTurn
 from lightning_hetero.runtime.engine.intercept import Gate, Region
 from lightning_hetero.runtime.engine.snapshot import Snapshot
+from lightning_hetero.runtime.engine.sources import OtherSources
+from lightning_hetero.runtime.engine.state import saves_otherwise
 from lightning_hetero.runtime.engine.step import StepCall, StepTask
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
 from lightning_hetero.runtime.engine.verdict import Watch
 from lightning_hetero.schedule import Op, Schedule, bounds
+from lightning_hetero.schedule.rows import split_rows
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
+
+AroundFirst = Callable[[float], AbstractContextManager[None]]
 
 _ONE_BY_ONE = "micro-batches of the training step run one after the other, because"
 
@@ -75,7 +84,8 @@ class Stepper:
     """Runs the step of a module in micro-batches.
 
     The first step with a new kind of batch runs them one after the other, which is right in any case, and looks
-    for what they hand on from one to the next: such steps go on in this way, all others in lanes.
+    for what they hand on from one to the next: such steps go on in this way, all others in lanes. Random numbers are
+    the same in both ways, so it does not matter which step is the first: a run that resumes has one too.
 
     Args:
         engine: Workers, lanes, generators.
@@ -112,41 +122,59 @@ class Stepper:
         for gate in self._gates:
             gate.remove()
 
-    def run(self, args: tuple[Any, ...], scale: float) -> StepResult | None:
+    def run(self, args: tuple[Any, ...], scale: float, around_first: AroundFirst | None = None) -> StepResult | None:
         """Run one step.
 
         Args:
             args: Arguments of the user's step; the first is the batch.
             scale: What the loss will be multiplied with before the host's backward.
+            around_first: What the first micro-batch is to run in, given how many times as many rows the batch has;
+                micro-batches run one after the other then. It is left out of a step that is a rehearsal.
 
         Returns:
             The result; None if the batch cannot be cut, and nothing has been done.
         """
         total = batch_rows(args[0])
         if total is None or total < 2:
-            reason = "the training step is not cut into micro-batches, because its batch has no rows to cut"
-            self._engine.note(reason, "It runs once on the whole batch.")
+            self._runs_once("its batch has no rows to cut")
             return None
-        step = _Step(args, self._engine.split(total))
+        rows = self._rows(total)
+        if len(rows) < 2:
+            self._runs_once("batch normalisation needs two rows of each")
+            return None
+        step = _Step(args, rows)
         step.notes = [[] for _ in step.rows]
         given = Tree(args[0])
         key = tuple((tensor.dim(), tensor.dtype) for tensor in given.tensors)
         mode = self._modes.get(key)
         if mode is None:
             call, self._modes[key] = self._rehearse(step, scale)
-        elif mode.reason is not None:
-            call = self._call(step, scale, mode, self._run_after_the_last)
-            with self._engine.inline():
-                call.one_by_one()
+        elif mode.reason is not None or around_first is not None:
+            call = self._in_turn(step, scale, mode, around_first)
         else:
+            before = {} if mode.draws else self._engine.generators.states()
             call = self._in_lanes(step, scale, mode)
+            if self._engine.generators.drawn_since(before):
+                del self._modes[key]  # the next step is rehearsed again, and sees who draws
         return StepResult(call.loss(), call.outputs, step.rows, step.notes)
+
+    def _runs_once(self, reason: str) -> None:
+        why = f"the training step is not cut into micro-batches, because {reason}"
+        self._engine.note(why, "It runs once on the whole batch.")
+
+    def _rows(self, total: int) -> list[int]:
+        """Rows of each micro-batch: at least two where they are normalised, as a single value has no variance."""
+        rows = self._engine.split(total)
+        if min(rows) < 2 and any(map(uses_batch, self._module.modules())):
+            return split_rows(total, min(self._engine.micro_batches, total // 2))
+        return rows
 
     # Ways to run
 
     def _in_lanes(self, step: _Step, scale: float, mode: _Mode) -> StepCall:
         contents = Contents(self._module)
-        call = self._call(step, scale, mode, self._run_beside_the_others)
+        seed = _seed() if mode.draws else None
+        call = self._call(step, scale, self._run_beside_the_others, seed, mode.own_code_draws)
         states = self._engine.generators.states() if mode.draws else {}  # one number was drawn for the seed
         try:
             call.in_lanes()
@@ -163,34 +191,65 @@ class Stepper:
             use.apply_to(self._module, self._own_names)
         return call
 
+    def _in_turn(self, step: _Step, scale: float, mode: _Mode, around_first: AroundFirst | None) -> StepCall:
+        """Run one after the other."""
+        numbers = InTurn(self._engine.generators, _seed()) if mode.draws else None
+
+        def run(index: int, step: _Step) -> Any:
+            with around_first(sum(step.rows) / step.rows[0]) if around_first and index == 0 else nullcontext():
+                if numbers is None:
+                    return self._run_after_the_last(index, step)
+                return self._run_with(numbers, index, step)
+
+        call = self._call(step, scale, run)
+        with self._engine.inline() if numbers is None else self._engine.watching(numbers):
+            call.one_by_one()
+        return call
+
     def _rehearse(self, step: _Step, scale: float) -> tuple[StepCall, _Mode]:
         """Run one after the other, and look for reasons to go on in this way."""
-        watch = Watch(self._engine.generators)
-        calls = _GradientCalls()
+        before, others = torch.get_rng_state(), OtherSources()
+        watch = Watch(self._engine.generators, InTurn(self._engine.generators, _seed()))
+        calls = _Calls(watch)
         snapshot = Snapshot(self._module)
-        call = self._call(step, scale, _Mode(None), self._run_after_the_last)
+        call = self._call(step, scale, partial(self._run_with, watch))
         with self._engine.watching(watch), calls:
             call.one_by_one()
         watch.end()
-        name = handed_on(list(step.uses.values()))
-        if name is not None:
-            reason: str | None = f"self.{name} goes from one batch to the next"
-        elif watch.changer is not None:
-            reason = f"{watch.changer} changes its input in place"
-        elif watch.writer is not None:
-            reason = f"{watch.writer} writes into a container that it is given"
-        elif watch.stray_draws is not None:
-            reason = watch.stray_draws
-        else:
-            reason = calls.reason or snapshot.change_below(ignored=self._gated)
+        if not watch.any:
+            torch.set_rng_state(before)  # the seed was not needed, and no step to come draws one
+        reason = self._reason(step, watch, calls, others) or snapshot.change_below(ignored=self._gated)
         for unit in watch.units:
             unit.draws = True
         if reason is not None:
             self._engine.note(f"{_ONE_BY_ONE} {reason}", "The results are the same as in lanes.")
         return call, _Mode(reason, watch.any, watch.own_code)
 
-    def _call(self, step: _Step, scale: float, mode: _Mode, run: Callable[[int, _Step], Any]) -> StepCall:
-        drawn = mode.draws and mode.reason is None
+    def _reason(self, step: _Step, watch: Watch, calls: _Calls, others: OtherSources) -> str | None:
+        """Why micro-batches must not be under way at the same time, in words that follow "because"."""
+        name, drawn = handed_on(list(step.uses.values())), others.drawn()
+        if name is not None:
+            return f"self.{name} goes from one batch to the next"
+        if watch.changer is not None:
+            return f"{watch.changer} changes its input in place"
+        if watch.writer is not None:
+            return f"{watch.writer} writes into a container that it is given"
+        if drawn is not None:
+            return f"it {drawn}"
+        if watch.stray_draws is not None:
+            return watch.stray_draws
+        if watch.own_code and calls.checkpoints:
+            return "its code draws random numbers under activation checkpointing"
+        return calls.reason
+
+    def _call(
+        self,
+        step: _Step,
+        scale: float,
+        run: Callable[[int, _Step], Any],
+        seed: int | None = None,
+        own_code_draws: bool = False,
+    ) -> StepCall:
         task = StepTask(
             run=lambda index: run(index, step),
             rows=step.rows,
@@ -199,8 +258,8 @@ class Stepper:
             places=self._places(len(step.rows)),
             forwards_first=self._schedule.all_forwards_first,
             leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],
-            seed=int(torch.randint(1 << 62, (), device="cpu")) if drawn else None,
-            own_code_draws=mode.own_code_draws,
+            seed=seed,
+            own_code_draws=own_code_draws,
         )
         return StepCall(self._engine, self._engine.next_call(), task)
 
@@ -226,6 +285,10 @@ class Stepper:
         step.uses[index].apply_to(self._module, self._own_names)
         return output
 
+    def _run_with(self, numbers: InTurn | Watch, index: int, step: _Step) -> Any:
+        with numbers.micro_batch(index):
+            return self._run_after_the_last(index, step)
+
     @property
     def _own_names(self) -> Sequence[str]:
         """Names of attributes that a twin has for itself."""
@@ -250,12 +313,27 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-class _GradientCalls(TorchFunctionMode):
-    """Notices that the user's step computes gradients itself."""
+def _seed() -> int:
+    return int(torch.randint(1 << 62, (), device="cpu"))
 
-    reason: str | None = None
+
+class _Calls(TorchFunctionMode):
+    """Looks at what the user's step calls outside of units.
+
+    Attributes:
+        reason: That it computes gradients itself; None if it does not.
+        checkpoints: Whether some of it may run again for the backward.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+        self.reason: str | None = None
+        self.checkpoints = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             self.reason = "it computes gradients itself"
+        elif not self._watch.in_unit:
+            self.checkpoints |= saves_otherwise()
         return func(*args, **(kwargs or {}))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from lightning_hetero.runtime.containers import are_unchanged, contents
+from lightning_hetero.runtime.engine.in_turn import InTurn
+from lightning_hetero.runtime.engine.state import saves_otherwise
 from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.hooks import Hook
@@ -39,11 +41,19 @@ class Watched(Protocol):
         """The modules that it runs."""
 
 
+class Listener(Protocol):
+    """Whom units tell that they are called."""
+
+    def unit(self, unit: Any, inputs: Any) -> AbstractContextManager[None]:
+        """What a call of a unit runs in."""
+
+
 class Watch:
     """Sees, during a trial, who draws random numbers (units, or the code between them), and who changes its inputs.
 
     Args:
         generators: The default generators of all devices of the plan, that of the root first.
+        numbers: What sets them for each piece of a step; None leaves them alone.
 
     Attributes:
         units: The units that drew.
@@ -51,11 +61,13 @@ class Watch:
         changer: Name of a unit that changed its input in place; None if none did.
         writer: Name of a unit that wrote into a list, mapping or dataclass among its inputs; None if none did.
         trouble: What else was seen that lanes could not do, in words that follow "because"; None if nothing was.
+        stray_draws: Who draws random numbers that cannot be set for each micro-batch, in such words; None if nobody.
         at_border: Called where a unit begins and where it ends.
     """
 
-    def __init__(self, generators: Generators) -> None:
+    def __init__(self, generators: Generators, numbers: InTurn | None = None) -> None:
         self._generators = generators
+        self._numbers = numbers
         self._root = next(iter(generators.of))
         self._states = generators.states()
         self._depth = 0
@@ -92,15 +104,41 @@ class Watch:
         versions = [version_of(tensor) for tensor in tensors]
         containers = contents(inputs)
         try:
-            yield
+            with self._set_numbers(None if self._numbers is None else self._numbers.unit(unit, inputs)):
+                try:
+                    yield
+                finally:
+                    self._look_at(unit)
         finally:
             self._depth -= 1
-            self._look_at(unit)
             if versions != [version_of(tensor) for tensor in tensors]:
                 self.changer = unit.name
             if not are_unchanged(containers):
                 self.writer = unit.name
             self.at_border()
+
+    @contextmanager
+    def micro_batch(self, index: int) -> Iterator[None]:
+        """Code of a step runs for the micro-batch with that index."""
+        self._look_at_own_code()
+        with self._set_numbers(None if self._numbers is None else self._numbers.micro_batch(index)):
+            try:
+                yield
+            finally:
+                self._look_at_own_code()
+
+    @contextmanager
+    def _set_numbers(self, numbers: AbstractContextManager[None] | None) -> Iterator[None]:
+        """Within the block generators are set, which is no drawing."""
+        if numbers is None:
+            yield
+            return
+        try:
+            with numbers:
+                self._states = self._generators.states()
+                yield
+        finally:
+            self._states = self._generators.states()
 
     def end(self) -> None:
         """Watch no more: what follows is done for comparison only."""
@@ -129,6 +167,8 @@ class Watch:
             self.stray_draws = (
                 f"{unit.name} draws random numbers on {min(map(str, drawn - {device}))}, but is on {device}"
             )
+        elif drawn and self._numbers is not None and saves_otherwise():
+            self.stray_draws = f"{unit.name} draws random numbers under activation checkpointing from outside"
 
     def _drawn(self) -> set[torch.device]:
         """The devices whose generators were used since this was asked last."""

@@ -194,6 +194,7 @@ class Worker(threading.Thread):
         finally:
             METER.pay()
             if records is not None:
+                _finish(self.torch_device)
                 records.append(Record(self.device, unit, op, lane, start_s, perf_counter()))
             self.busy_with = None
 
@@ -204,8 +205,16 @@ def _labelled(task: Task) -> Any:
         return task.run()
 
 
+def _finish(device: torch.device) -> None:
+    """Wait until a device has done what was launched, so that a record has its time and not that of launching."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
 def _enter_device(device: torch.device) -> None:
     """Make `device` the current one of this thread, as user code on one accelerator would have it."""
     module: Any = getattr(torch, device.type, None)
     if device.type != "cpu" and device.index is not None and hasattr(module, "set_device"):
         module.set_device(device.index)
+        if device.type == "cuda":  # makes its context that of this thread, which cuBLAS asks for
+            module.synchronize(device)

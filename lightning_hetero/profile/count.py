@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_hetero.cli.workload import UnitWork, Workload
 from lightning_hetero.errors import ProfileError
 from lightning_hetero.graph import ModelGraph
-from lightning_hetero.profile import Line
-from lightning_hetero.profile.costs import OWN_CODE
+from lightning_hetero.profile.costs import OWN_CODE, Line
 from lightning_hetero.profile.flows import TensorSpec
 from lightning_hetero.profile.isolate import copy_of, undisturbed
 from lightning_hetero.profile.recording import Recording
 from lightning_hetero.profile.sample import Sample
 from lightning_hetero.profile.structure import all_tensors, map_tensors, tensors_in
+from lightning_hetero.profile.workload import UnitWork, Workload
 
 
 def count_work(
@@ -58,6 +58,8 @@ def count_work(
     with undisturbed(()), torch.set_grad_enabled(training):
         try:
             twin = copy_of(module, fake)
+            if not training:
+                twin.eval()  # as inference runs it: BatchNorm takes one row, too
             recording = Recording(twin, graph, rows=rows)
             with recording, mode:
                 twin(*map_tensors(args, fake), **map_tensors(dict(kwargs or {}), fake))
@@ -82,6 +84,7 @@ def count_work(
         own_saved_bytes=sum(handed, Line()) if training else Line(),
         own_temporary_bytes=max(handed, key=lambda size: size(rows), default=Line()).scaled(2.0 if training else 1.0),
         dtype=_dtype(module),
+        coupled=recording.coupled,
     )
 
 
@@ -96,8 +99,8 @@ def _one_call(recording: Recording, sample: Sample, mode: FakeTensorMode, traini
         kept.append(tensor)
         return tensor
 
-    counter = FlopCounterMode(display=False)
-    with mode, counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+    counter, launches = FlopCounterMode(display=False), _Launches()  # type: ignore[no-untyped-call]
+    with mode, counter, launches, saved_tensors_hooks(keep, lambda tensor: tensor):
         output = chain[0](*args, **kwargs)
         for follower in chain[1:]:
             output = follower(output)
@@ -119,6 +122,7 @@ def _one_call(recording: Recording, sample: Sample, mode: FakeTensorMode, traini
         operations_per_row=operations / rows,
         weights_bytes=weights_bytes,
         moved_bytes=_line(inputs, rows) + outputs_bytes,
+        launches=launches.count,
         trains=trained_bytes > 0,
         passes_gradient=bool(gradients),
         saved_bytes=Line(0.0, sum(saved.values()) / rows),
@@ -127,6 +131,16 @@ def _one_call(recording: Recording, sample: Sample, mode: FakeTensorMode, traini
         temporary_bytes=outputs_bytes,
         backward_bytes=outputs_bytes + _line(gradients, rows) + Line(float(trained_bytes)) if training else Line(),
     )
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operations that compute: views of tensors take no time on a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func.namespace == "prim")
+        return func(*args, **(kwargs or {}))
 
 
 def _as_it_was(given: Any, specs: tuple[TensorSpec, ...], training: bool) -> Any:

@@ -14,8 +14,7 @@ from lightning_hetero.devices import DeviceSpec, Inventory
 from lightning_hetero.devices.origins import DATA_SHEET
 from lightning_hetero.errors import ProfileError
 from lightning_hetero.graph.model import ModelGraph
-from lightning_hetero.profile import Curve, Flow, Line, ModelProfile, UnitCost
-from lightning_hetero.profile.costs import OWN_CODE
+from lightning_hetero.profile.costs import OWN_CODE, Curve, Flow, Line, ModelProfile, UnitCost
 from lightning_hetero.profile.estimate import ADAM_ACCESSES, flops_per_s
 
 # Parts of the rates that matrix products and copies of ordinary sizes reach, where rates are those of a data sheet.
@@ -23,6 +22,7 @@ _REACHED_FLOPS, _REACHED_BYTES = 0.5, 0.8
 # Where nothing is known of a device of speed 1, as in `estimate_profile`.
 _FLOPS_PER_S, _BYTES_PER_S = 1e11, 1e10
 _NONE = Line()
+_EAGER_S = 8e-6  # of Python, dispatch and autograd for each operation in training; an exported model has none of it
 _CALL_OVERHEAD_S = 250e-6  # of the runtime for each call of a stage, see benchmarks/overhead.py
 
 
@@ -36,6 +36,7 @@ class UnitWork:
         operations_per_row: Floating-point operations of the forward for each row of the batch.
         weights_bytes: Bytes of its parameters, read in every call.
         moved_bytes: Bytes of inputs and outputs.
+        launches: Operations of torch in a forward, each of which a device has to start.
         trains: Whether gradients of its parameters are computed.
         passes_gradient: Whether a gradient goes on to its inputs.
         saved_bytes: And all further fields: see `UnitCost`.
@@ -46,6 +47,7 @@ class UnitWork:
     operations_per_row: float = 0.0
     weights_bytes: int = 0
     moved_bytes: Line = _NONE
+    launches: int = 1
     trains: bool = True
     passes_gradient: bool = True
     saved_bytes: Line = _NONE
@@ -61,7 +63,7 @@ class UnitWork:
     def cost(self, devices: tuple[DeviceSpec, ...], rows: int, training: bool, dtype: str) -> UnitCost:
         """Seconds and bytes on some devices."""
         counts = sorted({1, max(2, rows), *(max(1, rows // parts) for parts in (2, 4, 8))})
-        forward = {d.name: Curve(tuple((n, self._seconds(d, n, dtype)) for n in counts)) for d in devices}
+        forward = {d.name: Curve(tuple((n, self._seconds(d, n, dtype, training)) for n in counts)) for d in devices}
         passes = int(self.trains) + int(self.passes_gradient)
         return UnitCost(
             name=self.name,
@@ -75,11 +77,12 @@ class UnitWork:
             backward_bytes=self.backward_bytes,
         )
 
-    def _seconds(self, device: DeviceSpec, rows: int, dtype: str) -> float:
+    def _seconds(self, device: DeviceSpec, rows: int, dtype: str, training: bool) -> float:
         """The roofline (Williams et al., CACM 2009): as long as its operations or its bytes take, whichever is more."""
         compute_s = rows * self.operations_per_row / reached_flops_per_s(device, dtype)
         memory_s = (self.weights_bytes + self.moved_bytes(rows)) / reached_bytes_per_s(device)
-        return self.calls * (max(compute_s, memory_s) + (device.launch_s or 0.0))
+        launch_s = max(device.launch_s or 0.0, _EAGER_S if training else 0.0)
+        return self.calls * (max(compute_s, memory_s) + self.launches * launch_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,7 @@ class Workload:
         own_saved_bytes: What autograd keeps of the model's own code, the loss included.
         own_temporary_bytes: What that code needs for a moment.
         dtype: Of the parameters: "float32".
+        coupled: Names of modules that make rows depend on each other, see `ModelProfile`.
     """
 
     rows: int
@@ -103,6 +107,7 @@ class Workload:
     own_saved_bytes: Line = _NONE
     own_temporary_bytes: Line = _NONE
     dtype: str = "float32"
+    coupled: tuple[str, ...] = ()
 
     @classmethod
     def of_sizes(cls, graph: ModelGraph, *, rows: int, training: bool, dtype: str = "float32") -> Workload:
@@ -135,6 +140,7 @@ class Workload:
                 temporary_bytes=self.own_temporary_bytes,
             ),
             flows=self.flows,
+            coupled=self.coupled,
             optimizer_s_per_byte={d.name: ADAM_ACCESSES / reached_bytes_per_s(d) for d in devices}
             if self.training
             else {},
@@ -161,6 +167,7 @@ class Workload:
                     **data,
                     "units": tuple(UnitWork(**_with_lines(unit)) for unit in data["units"]),
                     "flows": tuple(Flow(**_with_lines(flow)) for flow in data["flows"]),
+                    "coupled": tuple(map(str, data.get("coupled", ()))),
                     "own_saved_bytes": Line(**data["own_saved_bytes"]),
                     "own_temporary_bytes": Line(**data["own_temporary_bytes"]),
                 }

@@ -1,0 +1,189 @@
+"""What autograd keeps on each device in training, and the most that is needed on top of it at any moment."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+from lightning_hetero.profile.costs import Line
+from lightning_hetero.simulate.costs import Costs, Flow
+from lightning_hetero.simulate.route import Route
+
+
+class Work:
+    """Bytes of the largest micro-batches together.
+
+    Args:
+        rows: Rows of every micro-batch, the largest first.
+
+    Attributes:
+        is_cut: Whether there are several.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._rows = (0, *accumulate(rows))
+        self.is_cut = len(rows) > 1
+
+    def bytes_of(self, line: Line, in_flight: int) -> float:
+        """Bytes of something that so many of them have."""
+        return line.fixed * in_flight + line.per_row * self._rows[in_flight]
+
+
+def at_work(
+    costs: Costs,
+    route: Route,
+    device_of: Mapping[str, str],
+    work: Work,
+    held: Sequence[int],
+    own_bytes: float,
+) -> dict[int, float]:
+    """The most that autograd keeps and the unit at work needs, by index of the device, in training.
+
+    The micro-batch at work has let go of what it kept of later units, or has not come to them yet; the others keep all.
+
+    Args:
+        costs: Of the model.
+        route: Its stages.
+        device_of: Device name of each unit.
+        work: The micro-batches.
+        held: How many of them each stage keeps something of.
+        own_bytes: What own code needs on the root when everything is kept.
+    """
+    where = [run.device for run in route.runs for _ in range(run.first, run.stop)]
+    is_block = [len({device_of[name] for name in names}) == 1 for names in costs.around]
+    kept, leaving, passing = _kept(costs, where, is_block, work.is_cut)
+    code = _code(costs, where, is_block)
+    waits = _waits(costs, where, is_block)
+    others: defaultdict[int, float] = defaultdict(float)
+    before: defaultdict[int, float] = defaultdict(float)
+    most: defaultdict[int, float] = defaultdict(float)
+
+    def keep(device: int, line: Line, in_flight: int) -> None:
+        own = work.bytes_of(line, 1)
+        others[device] += work.bytes_of(line, in_flight) - own
+        before[device] += own
+
+    for device, line, _ in code.get(-1, ()):
+        keep(device, line, held[0] if held else 1)
+    for run, in_flight in zip(route.runs, held, strict=True):
+        # What leaves a stage is held until the backward of the stage has ended.
+        stays = sum(work.bytes_of(leaving[unit], 1) for unit in range(run.first, run.stop))
+        moved = Line()  # inputs that are not kept, but are there until the forward of the stage has ended
+        for unit in range(run.first, run.stop):
+            keep(run.device, kept[unit], in_flight)
+            stays -= work.bytes_of(leaving[unit], 1)
+            cost, moved = costs.units[unit], moved + passing[unit][1]
+            moments = dict.fromkeys((run.device, *waits[unit]), 0.0)
+            forward = cost.temporary_bytes + passing[unit][0] + moved
+            moments[run.device] = stays + max(work.bytes_of(line, 1) for line in (forward, cost.backward_bytes))
+            for device, moment in moments.items():
+                wait = work.bytes_of(waits[unit].get(device, Line()), 1)
+                most[device] = max(most[device], before[device] + moment + wait)
+            for device, line, moment_line in code.get(unit, ()):
+                keep(device, line, in_flight)
+                there = stays if device == run.device else 0.0
+                most[device] = max(most[device], before[device] + there + work.bytes_of(moment_line, 1))
+    # Own code has its moment on the root when everything is kept.
+    most[costs.root] = max(most[costs.root], before[costs.root] + own_bytes)
+    return {device: others[device] + most[device] for device in most}
+
+
+def _code(costs: Costs, where: list[int], is_block: list[bool]) -> dict[int, list[tuple[int, Line, Line]]]:
+    """Device, what it keeps and its moment, of own code after each unit. What units keep anyway is theirs."""
+    found: defaultdict[int, list[tuple[int, Line, Line]]] = defaultdict(list)
+    for around, after, kept, moment_bytes in costs.code:
+        device = _device(costs, around, where, is_block, after)
+        size = Line()
+        for line, source, takers in kept:
+            made = source >= 0 and where[source] == device and _keeps(costs.units[source].saved_output_bytes, line)
+            if not made and not any(where[unit] == device and _takes(costs, unit) for unit in takers):
+                size += line
+        found[after].append((device, size, moment_bytes))
+    return found
+
+
+def _waits(costs: Costs, where: list[int], is_block: list[bool]) -> list[dict[int, Line]]:
+    """Gradients that wait while the backward of each unit runs, by device."""
+    found: list[dict[int, Line]] = [{} for _ in costs.units]
+    for around, source, first, last, size_bytes in costs.waiting:
+        # It waits where own code is, and it may have gone on to the unit that made the tensor.
+        devices = {_device(costs, around, where, is_block, last), *(where[source : source + 1] if source >= 0 else ())}
+        for unit in range(first, last + 1):
+            for device in devices:
+                found[unit][device] = found[unit].get(device, Line()) + size_bytes
+    return found
+
+
+def _device(costs: Costs, around: int, where: list[int], is_block: list[bool], unit: int) -> int:
+    """Where own code runs: with the units of its module, or on the root."""
+    if around < 0 or not is_block[around]:
+        return costs.root
+    names = costs.around[around]
+    return next((where[i] for i in range(len(where)) if costs.units[i].name in names), costs.root)
+
+
+def _kept(
+    costs: Costs, where: list[int], is_block: list[bool], cut: bool
+) -> tuple[list[Line], list[Line], list[tuple[Line, Line]]]:
+    """What is kept of each unit for one micro-batch, every tensor once on its device.
+
+    Where a batch is cut, inputs and outputs of what runs in one piece are kept in any case. The batch stays.
+
+    Returns:
+        What is kept, the part of it that leaves the unit, and what it takes without keeping it: from its own device,
+        and from others.
+    """
+    kept = [unit.saved_bytes.scaled(unit.calls) for unit in costs.units]
+    leaving: list[set[tuple[Line, bool]]] = [set() for _ in costs.units]
+    passing = [(Line(), Line())] * len(costs.units)
+    in_chain = {unit for flow in costs.flows if flow.chained for unit in (flow.source, flow.target)}
+    for flow in costs.flows:
+        here = where[flow.source] if flow.source >= 0 else costs.root
+        there = where[flow.target] if flow.target >= 0 else costs.root
+        inside = flow.chained or (flow.around >= 0 and is_block[flow.around])
+        stays = here == there and (here == costs.root or inside)
+        if flow.target >= 0:
+            again = stays and flow.taken_before >= 0 and where[flow.taken_before] == there
+            if not again and not (stays and flow.source >= 0 and _saves_output(costs, flow)):
+                is_batch = here == there and flow.source < 0 and not flow.has_gradient
+                share = 1.0 if is_batch or (cut and (here != there or not inside)) else _saved_share(costs, flow)
+                kept[flow.target] += flow.size_bytes.scaled(share)
+                rest = flow.size_bytes.scaled(1.0 - share)
+                found, moved = passing[flow.target]
+                passing[flow.target] = (found + rest, moved) if here == there else (found, moved + rest)
+        if cut and flow.source >= 0 and (flow.target < 0 or not stays):
+            if flow.source in in_chain and not flow.chained and here != costs.root:
+                # It goes to the root at the end of the chain, and its gradient comes there.
+                leaving[flow.source].add((flow.size_bytes.scaled(2.0), False))
+            else:
+                leaving[flow.source].add((flow.size_bytes, _saves_output(costs, flow)))
+    for unit, flows in enumerate(leaving):
+        kept[unit] = sum((size for size, saved in flows if not saved), kept[unit])
+    return kept, [sum((size for size, _ in flows), Line()) for flows in leaving], passing
+
+
+def _saved_share(costs: Costs, flow: Flow) -> float:
+    """The part of a unit's inputs that autograd keeps."""
+    unit = costs.units[flow.target]
+    if unit.saved_input_bytes is None:
+        return 1.0
+    rows = costs.profile.rows
+    return min(1.0, unit.calls * unit.saved_input_bytes(rows) / max(costs.inputs[flow.target](rows), 1.0))
+
+
+def _saves_output(costs: Costs, flow: Flow) -> bool:
+    """Whether what flows is kept by the unit that made it anyway."""
+    unit = costs.units[flow.source]
+    return _keeps(unit.saved_output_bytes.scaled(unit.calls), flow.size_bytes)
+
+
+def _takes(costs: Costs, unit: int) -> bool:
+    """Whether a unit keeps its inputs."""
+    saved = costs.units[unit].saved_input_bytes
+    return saved is None or saved(costs.profile.rows) > 0
+
+
+def _keeps(saved: Line, size: Line) -> bool:
+    """Whether what is kept is as large as something."""
+    return saved.fixed >= size.fixed and saved.per_row >= size.per_row and bool(size.fixed or size.per_row)
