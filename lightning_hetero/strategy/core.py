@@ -23,7 +23,7 @@ from lightning_hetero.plan.forecast import FORWARD, WHOLE
 from lightning_hetero.profile import ModelProfile
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.record import Recording
-from lightning_hetero.runtime.engine.stepper import AroundFirst, Stepper
+from lightning_hetero.runtime.engine.stepper import AroundFirst, Stepper, look_away
 from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import PlacedModel
 from lightning_hetero.runtime.reconcile import DeviceReconciler
@@ -556,8 +556,10 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
             if result is not None:
                 replay(self.lightning_module, result)
                 return merged_output(result)
-        with nullcontext() if recorded is None else recorded(1.0):
-            return super().training_step(*args, **kwargs)
+        with nullcontext(look_away) if recorded is None else recorded(1.0) as look:
+            output = super().training_step(*args, **kwargs)
+            look(output)
+            return output
 
     def _loss_scale(self) -> float:
         """What Lightning multiplies the loss with before its backward."""

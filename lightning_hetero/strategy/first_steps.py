@@ -26,6 +26,7 @@ from lightning_hetero.profile import ModelProfile
 from lightning_hetero.profile.cache import ProfileCache, cache_key
 from lightning_hetero.profile.measure import measure_model
 from lightning_hetero.profile.recording import Recording
+from lightning_hetero.runtime.engine.stepper import Look, look_away
 from lightning_hetero.strategy.planning import Planning
 from lightning_hetero.strategy.trial import MOST_STEPS, TIMED, Trial, warm_steps
 from lightning_hetero.strategy.watch import Watch
@@ -103,7 +104,7 @@ class FirstSteps(Watch):
         return self._recording is not None and not self._is_recorded
 
     @contextmanager
-    def around_step(self, parts: float = 1.0) -> Iterator[None]:
+    def around_step(self, parts: float = 1.0) -> Iterator[Look]:
         """What the step's forward has to run in. If it cannot be recorded, it runs all the same.
 
         Args:
@@ -119,7 +120,7 @@ class FirstSteps(Watch):
                     log.warning("the model cannot be measured, so the first plan stays: %s", error, exc_info=True)
                     self._recording, self.is_over = None, True
             wall_s, cpu_s = time.perf_counter(), time.thread_time()
-            yield
+            yield look_away if recording is None else recording.ends_in
             slept_s = time.perf_counter() - wall_s - (time.thread_time() - cpu_s)
         if recording is not None and any(device.emulated for device in self._present.used):
             # Devices that the CPU plays sleep behind their last unit, which looks as if own code took so long.

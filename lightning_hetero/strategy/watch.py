@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_hetero.plan import Plan
 from lightning_hetero.profile.clock import synchronize
+from lightning_hetero.runtime.engine.stepper import Look, look_away
 from lightning_hetero.strategy.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -74,13 +75,13 @@ class Watch:
         return False
 
     @contextmanager
-    def around_step(self, parts: float = 1.0) -> Iterator[None]:
-        """What the step's forward has to run in.
+    def around_step(self, parts: float = 1.0) -> Iterator[Look]:
+        """What the step's forward has to run in. Gives what is to see the step's result.
 
         Args:
             parts: How many times as many rows the step has as what runs in the block.
         """
-        yield
+        yield look_away
 
     def refused(self, error: Exception) -> Plan:
         """A new plan cannot run. Returns the one to run with instead."""

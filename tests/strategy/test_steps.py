@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
@@ -328,6 +329,33 @@ def test_schedules_that_cannot_be_followed_are_refused(
 def test_a_word_that_means_nothing_is_refused(hetero: Any) -> None:
     with pytest.raises(UsageError, match=r"micro_batching='stages' is not known; it may be 'forward' or 'step'"):
         hetero(strategy={"micro_batching": "stages"})
+
+
+@pytest.mark.parametrize("strategy", [{"micro_batches": 4}, STEPS["strategy"]], ids=["forward", "step"])
+def test_no_tensor_of_a_step_waits_for_the_garbage_collector(strategy: dict[str, Any], hetero: Any) -> None:
+    """A whole batch more on a device, until Python happens to collect."""
+
+    class Collects(pl.Callback):
+        found: list[Any]
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                gc.collect()
+                gc.disable()
+                gc.set_debug(gc.DEBUG_SAVEALL)
+            elif batch_idx == 4:
+                gc.collect()
+                gc.set_debug(0)
+                self.found = [type(thing).__name__ for thing in gc.garbage if isinstance(thing, Tensor)]
+
+    collects = Collects()
+    try:
+        hetero(devices=EMULATED, strategy=strategy, callbacks=[collects], max_epochs=1).fit(Quiet(), data())
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert collects.found == []
 
 
 def test_no_more_micro_batches_are_alive_than_devices_and_one(hetero: Any, accelerator: EmulatedAccelerator) -> None:

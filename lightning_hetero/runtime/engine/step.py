@@ -10,6 +10,7 @@ backward: it may clear gradients in between, scale the loss, or accumulate over 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class StepCall(Call):
         self._task = task
         self.outputs: list[Any] = [None] * len(task.rows)
         self._found: list[list[Tensor]] = [[] for _ in task.rows]
-        self._turnstile = Turnstile(len(task.rows), self.check)
+        self._turnstile = Turnstile(len(task.rows), _check_of(weakref.ref(self)))
         self._leaves: list[Tensor] = []
         self._forwards = Countdown(len(task.rows))
 
@@ -236,6 +237,17 @@ class StepCall(Call):
             self.outputs[index] = detached(output)
         self.sums.end(index)
         lane.drop_graph()
+
+
+def _check_of(call: weakref.ref[StepCall]) -> Callable[[], None]:
+    """The check of a call, without a circle: that would keep batch and gradients until Python collects garbage."""
+
+    def check() -> None:
+        alive = call()
+        if alive is not None:
+            alive.check()
+
+    return check
 
 
 class _StepLoss(torch.autograd.Function):

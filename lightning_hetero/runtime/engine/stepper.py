@@ -30,7 +30,13 @@ from lightning_hetero.schedule.rows import split_rows
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
 
-AroundFirst = Callable[[float], AbstractContextManager[None]]
+Look = Callable[[Any], None]
+AroundFirst = Callable[[float], AbstractContextManager[Look]]
+
+
+def look_away(output: Any) -> None:
+    """A `Look` for whom nobody asked."""
+
 
 _ONE_BY_ONE = "micro-batches of the training step run one after the other, because"
 
@@ -129,7 +135,8 @@ class Stepper:
             args: Arguments of the user's step; the first is the batch.
             scale: What the loss will be multiplied with before the host's backward.
             around_first: What the first micro-batch is to run in, given how many times as many rows the batch has;
-                micro-batches run one after the other then. It is left out of a step that is a rehearsal.
+                micro-batches run one after the other then. It gives what is to see the result. It is left out of a
+                step that is a rehearsal.
 
         Returns:
             The result; None if the batch cannot be cut, and nothing has been done.
@@ -196,10 +203,14 @@ class Stepper:
         numbers = InTurn(self._engine.generators, _seed()) if mode.draws else None
 
         def run(index: int, step: _Step) -> Any:
-            with around_first(sum(step.rows) / step.rows[0]) if around_first and index == 0 else nullcontext():
+            around = around_first if index == 0 else None
+            with nullcontext(look_away) if around is None else around(sum(step.rows) / step.rows[0]) as look:
                 if numbers is None:
-                    return self._run_after_the_last(index, step)
-                return self._run_with(numbers, index, step)
+                    output = self._run_after_the_last(index, step)
+                else:
+                    output = self._run_with(numbers, index, step)
+                look(output)
+                return output
 
         call = self._call(step, scale, run)
         with self._engine.inline() if numbers is None else self._engine.watching(numbers):
