@@ -70,9 +70,7 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.feature(
-    "devices: CUDA devices, alone and with the CPU", "not verified", "No machine with one ran the tests."
-)
+@pytest.mark.feature("devices: CUDA devices, alone and with the CPU", note="Run by hand on one H100; CI has no GPU.")
 @pytest.mark.parametrize("places", PLACES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_float64_over_both_gives_the_numbers_of_each_alone(name: str, places: list[str], trainer: MakeTrainer) -> None:
@@ -210,7 +208,9 @@ def test_bf16_mixed_computes_in_bf16_on_both(trainer: MakeTrainer) -> None:
     assert model.computed == {("cuda", torch.bfloat16), ("cpu", torch.bfloat16)}
 
 
-@pytest.mark.feature("precision: 16-mixed over CUDA devices and the CPU", "not verified", "needs a CUDA device")
+@pytest.mark.feature(
+    "precision: 16-mixed over CUDA devices and the CPU", note="Run by hand on one H100; CI has no GPU."
+)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("layer", ["first", "second"])  # one on each device
 def test_infinite_gradients_on_either_leave_the_step_out(layer: str, fused: bool, trainer: MakeTrainer) -> None:
