@@ -1,12 +1,14 @@
-"""Makes the pictures of docs/pictures.md: python docs/images/make.py.
+"""Makes the pictures of docs/pictures.md: python docs/images/make.py [FOLDER].
 
 The devices are played by the CPU, so slow that they sleep most of the time, as devices of their own would leave the CPU
-alone. Costs are measured, steps are predicted from them, run and recorded. Takes some ten seconds.
+alone. Costs are measured, steps are predicted from them, run and recorded. Takes some ten seconds. Without a folder the
+pictures of the documentation are made anew.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +32,6 @@ from lightning_hetero.schedule import Timeline
 from lightning_hetero.simulate import Costs, predict
 from lightning_hetero.strategy.first_steps import CALL_OVERHEAD_S
 
-FOLDER = Path(__file__).parent
 DEVICES = "cpu@speed=2,mem=48MiB,cpu@speed=1,mem=24MiB,cpu@speed=4"  # the last one is used by no plan
 ROWS, LAYERS, STEPS = 64, 8, 9
 X, Y = torch.randn(ROWS, 512), torch.randint(10, (ROWS,))
@@ -113,20 +114,20 @@ def sweep(costs: Costs) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Write all of them."""
+def main(folder: Path) -> None:
+    """Write all of them into a folder."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     costs = costs_on(resolve_devices(DEVICES))
     plan = planned(costs, 5, 4)
     predicted = predict(costs, plan.device_of, plan.execution).timeline
     for theme in ("light", "dark"):
-        save(gantt(predicted, name="Predicted", theme=theme), FOLDER / f"gantt_{theme}.png")
-    save(gantt_pair(predicted, run(plan)[1]), FOLDER / "gantt_pair.png")
-    save(memory_bars(plan), FOLDER / "memory.png")
-    save(utilisation(predicted), FOLDER / "utilisation.png")
-    write_table_chart(sweep(costs), FOLDER / "sweep.png")
+        save(gantt(predicted, name="Predicted", theme=theme), folder / f"gantt_{theme}.png")
+    save(gantt_pair(predicted, run(plan)[1]), folder / "gantt_pair.png")
+    save(memory_bars(plan), folder / "memory.png")
+    save(utilisation(predicted), folder / "utilisation.png")
+    write_table_chart(sweep(costs), folder / "sweep.png")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

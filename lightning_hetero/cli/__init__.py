@@ -7,6 +7,7 @@ Lightning take seconds to import, and `--help` should not wait for them.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes once more when it ends, and would say there what nobody wants to know.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"{PROGRAM}: {error}; make room, or write to another place", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _command(words: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_hetero._conf import conf_dir
 from lightning_hetero.cli import PROGRAM
-from lightning_hetero.cli.explain import explain
+from lightning_hetero.cli.explain import explain, not_begun
 from lightning_hetero.cli.requests import with_device_requests
 from lightning_hetero.config import store_schemas
 from lightning_hetero.errors import HeteroError
@@ -56,22 +56,37 @@ def run_application(command: str, task: Callable[[DictConfig], object], argv: Se
     except EXPECTED as error:
         if want_traceback:
             raise
-        print(f"{PROGRAM} {command}: {explain(error, words, command)}", file=sys.stderr)
-        return 1
+        return _refuse(command, explain(error, words, command))
+    except (OSError, ValueError) as error:
+        # After the task began it may be a defect of the user's code; without a file name it is about the output.
+        if want_traceback or ended.began or (isinstance(error, OSError) and error.filename is None):
+            raise
+        return _refuse(command, not_begun(error, words))
     return 0
 
 
+def _refuse(command: str, why: str) -> int:
+    print(f"{PROGRAM} {command}: {why}", file=sys.stderr)
+    return 1
+
+
 class _Ended:
-    """Carries an expected failure of a single job past Hydra, which would print where it happened."""
+    """Carries an expected failure of a single job past Hydra, which would print where it happened.
+
+    Attributes:
+        began: Whether a task began in this process; until then, Hydra was at work.
+    """
 
     def __init__(self) -> None:
         self._error: Exception | None = None
+        self.began = False
 
     def by(self, task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
         """The task, ending normally where it fails as expected. In a sweep Hydra has to know."""
 
         @wraps(task)
         def wrapped(cfg: DictConfig) -> object:
+            self.began = True
             try:
                 return task(cfg)
             except EXPECTED as error:

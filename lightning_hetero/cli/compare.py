@@ -46,18 +46,19 @@ def compare(cfg: DictConfig) -> None:
         UsageError: A key has a value that makes no sense, or no policy could be measured.
         PlacementError: There is no such policy.
     """
-    from lightning_hetero.cli.output import write_or_print
+    from lightning_hetero.cli.output import output_of, write_or_print
     from lightning_hetero.strategy.options import one_of
 
     form = one_of("format", cfg.format, _FORMATS)
     if isinstance(cfg.steps, bool) or not isinstance(cfg.steps, int) or not _FEWEST <= cfg.steps <= _MOST:
         raise UsageError(f"steps={cfg.steps!r} must be a whole number from {_FEWEST} to {_MOST}")
     names = _names(cfg)
+    output = output_of("output", cfg.output, "compared.txt")
     rows = []
     for index, name in enumerate(names):
         print(f"{name} ({index + 1} of {len(names)})", file=sys.stderr)
         rows.append(_row(cfg, index, name))
-    write_or_print(_text(rows, form), cfg.output)
+    write_or_print(_text(rows, form), output)
     if not any(row.measured_step_s for row in rows):
         raise UsageError(f"none of the policies could be measured; the first one: {rows[0].reason}")
 

@@ -19,6 +19,7 @@ from lightning_hetero.errors import HeteroError
 
 _BAD_KEY = re.compile(r"Could not override '([\w./@-]+)'")
 _BAD_ARGUMENT = re.compile(r"call to target '([\w.]+)'.*unexpected keyword argument '(\w+)'", re.DOTALL)
+_NO_KEY = re.compile(r"[Kk]ey '(\w+)[\w.]*' (?:is not in struct|not found)")
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib")
 _WHERE = "HYDRA_FULL_ERROR=1 shows where it happened."
 
@@ -46,7 +47,21 @@ def explain(error: BaseException, argv: Sequence[str], command: str) -> str:
         return text + _line(near(Path(error.missing_cfg_file or "").stem, error.options or ()))
     if isinstance(error, InstantiationException):
         return f"{text}{_line(_near_argument(text))}\n{_WHERE}"
-    return text + _line(_near_key(text, argv, command))
+    return text + _taken_away(text, argv) + _line(_near_key(text, argv, command))
+
+
+def not_begun(error: OSError | ValueError, argv: Sequence[str]) -> str:
+    """The same for what Python refuses Hydra before a job begins: a group that is null, a folder that cannot be."""
+    if isinstance(error, OSError):
+        return (
+            f"the folder of the run cannot be made: {error}; choose another with hydra.run.dir=... or "
+            "hydra.sweep.dir=..."
+        )
+    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    null = next((word for word in argv if word.partition("=")[0] in groups and word.endswith("=null")), None)
+    if null is None:
+        return f"{error}\n{_WHERE}"
+    return f"{null} is no file of the group {null.partition('=')[0]!r}; leave it out to keep the default"
 
 
 def near(word: str, words: Iterable[str]) -> str:
@@ -60,6 +75,13 @@ def causes(error: BaseException | None) -> Iterable[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _taken_away(text: str, argv: Sequence[str]) -> str:
+    """A line of its own for a key that the arguments delete, as in `~data`."""
+    match = _NO_KEY.search(text)
+    word = match and next((word for word in argv if word.partition("=")[0] == f"~{match[1]}"), None)
+    return f"\n{word} takes it away; leave that out" if word else ""
 
 
 def _line(hint: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from lightning_hetero.cli.application import run_application
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_hetero.export import Manifest
 
 _REQUIRED = ("checkpoint", "module", "directory")
+_TEXTS = {"checkpoint": "last.ckpt", "module": "my_project.MyModel", "directory": "exported", "plan": "plan.json"}
 _PATHS = ("checkpoint", "directory", "plan")
 
 
@@ -40,6 +42,7 @@ def export_checkpoint(cfg: DictConfig) -> None:
     """
     from omegaconf import OmegaConf
 
+    from lightning_hetero.cli.output import text_of
     from lightning_hetero.export import export
     from lightning_hetero.strategy.planning import read_plan
 
@@ -49,6 +52,8 @@ def export_checkpoint(cfg: DictConfig) -> None:
     if cfg.plan is not None and cfg.placement is not None:
         raise UsageError("plan and placement both say where to cut; leave one of them out")
     keys: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key, example in _TEXTS.items():
+        text_of(key, keys[key], example)
     model = _load(keys["module"], Path(keys["checkpoint"]))
     manifest = export(
         model,
@@ -96,12 +101,18 @@ def _load(name: str, checkpoint: Path) -> LightningModule:
         raise UsageError(f"checkpoint={checkpoint}: there is no such file")
     try:
         model: LightningModule = kind.load_from_checkpoint(checkpoint, map_location="cpu")
-    except (RuntimeError, TypeError, KeyError) as error:
+    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError, EOFError, OSError, UnpicklingError) as error:
         raise UsageError(
-            f"checkpoint={checkpoint} does not open as a {kind.__name__}: {error}. "
+            f"checkpoint={checkpoint} does not open as a {kind.__name__}: {_why(error)}. "
             "It has to be a checkpoint of that class, which calls self.save_hyperparameters() if it has arguments."
         ) from error
     return model
+
+
+def _why(error: Exception) -> str:
+    """What torch says, without its advice to read files that may run code."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    return text.strip().partition("\n\nCheck the doc")[0].strip().rstrip(".") or type(error).__name__
 
 
 def _example(model: LightningModule, inputs: str | list[str] | None) -> Any:

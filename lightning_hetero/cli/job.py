@@ -105,8 +105,13 @@ def _lines_once() -> Iterator[None]:
         logger.handlers[:] = handlers
 
 
-def _seed(seed: int | None) -> None:
+def _seed(seed: Any) -> None:
     from lightning.pytorch import seed_everything
+
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
+        raise UsageError(
+            f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}, or null for another one every time"
+        )
 
     # Lightning would take the seed of the job before from here, in a sweep whose jobs share a process.
     os.environ.pop("PL_GLOBAL_SEED", None)
@@ -138,9 +143,9 @@ def _best_weights(trainer: Trainer) -> str | None:
 def _chosen(name: str | None, metrics: dict[str, float]) -> float | None:
     if name is None:
         return None
-    if name not in metrics:
+    if str(name) not in metrics:
         raise UsageError(
             f"optimized_metric={name!r} is not among the metrics that the model logged: "
-            f"{', '.join(metrics) or 'none'}.{near(name, metrics)} Set it to one of them, or to null."
+            f"{', '.join(metrics) or 'none'}.{near(str(name), metrics)} Set it to one of them, or to null."
         )
     return metrics[name]

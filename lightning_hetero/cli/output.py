@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -46,6 +47,32 @@ def table_text(
     console = _console(_WIDEST)
     console.print(table)
     return _text_of(console)
+
+
+def text_of(key: str, given: Any, example: str) -> str | None:
+    """The text, such as a path, that a key of the configuration holds; None if it is null.
+
+    Raises:
+        UsageError: It is a number, a list, or something else that Hydra does not read as text.
+    """
+    if given is None or isinstance(given, str):
+        return given
+    raise UsageError(f"{key}={given!r} is not a text; write for example {key}={example}")
+
+
+def output_of(key: str, given: Any, example: str) -> str | None:
+    """The same for a file to write, asked before the work whose result it is to hold.
+
+    Raises:
+        UsageError: It is no path, or in a folder that does not exist.
+    """
+    path = text_of(key, given, example)
+    if path is not None and not Path(path).parent.is_dir():
+        raise UsageError(
+            f"{path!r} cannot be written: there is no folder {str(Path(path).parent)!r}; make it, or choose another "
+            f"{key}=..."
+        )
+    return path
 
 
 def write_or_print(text: str, path: str | None) -> None:

@@ -38,6 +38,7 @@ def plan(cfg: DictConfig) -> None:
         InfeasiblePlanError: Nothing fits; the text has a table of what would.
         HeteroError: The configuration makes no sense.
     """
+    from lightning_hetero.cli.output import output_of
     from lightning_hetero.cli.planner import Planner  # torch and Lightning, which --help should not wait for
     from lightning_hetero.cli.saved import save_planned
     from lightning_hetero.config import check_groups
@@ -48,14 +49,15 @@ def plan(cfg: DictConfig) -> None:
     form = one_of("format", cfg.format, _FORMATS)
     if form == "html":
         require_matplotlib()  # before anything takes time
+    output, save = output_of("output", cfg.output, "shown.txt"), output_of("save", cfg.save, "plan.json")
     planner = Planner(cfg)
     try:
         planned = planner.plan()
     except InfeasiblePlanError as error:
         raise InfeasiblePlanError(f"{error}\n{_what_would_fit(planner)}") from error
-    if cfg.save is not None:
-        save_planned(planned, cfg.save)
-    _show(planned, form, cfg.output)
+    if save is not None:
+        save_planned(planned, save)
+    _show(planned, form, output)
 
 
 def _show(planned: Planned, form: str, output: str | None) -> None:

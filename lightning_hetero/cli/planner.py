@@ -34,6 +34,7 @@ from lightning_hetero.strategy.options import (
     as_policy,
     number_of_micro_batches,
     one_of,
+    positive_seconds,
     schedule_for,
     yes_no_or_auto,
 )
@@ -206,12 +207,12 @@ def _default_dtype(dtype: str) -> Iterator[None]:
 
 def _circumstances(cfg: DictConfig) -> Circumstances:
     rows = cfg.rows
-    if rows is not None and (not isinstance(rows, int) or rows < 1):
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
         raise UsageError(f"rows={rows!r} must be a whole number from 1 on: the rows of a batch")
     if not isinstance(cfg.training, bool):
         raise UsageError(f"training={cfg.training!r} must be true or false")
     deployment = {key: cfg.get(key, False) for key in ("deployment", "convert_precision")}
-    for key, value in deployment.items():
+    for key, value in {**deployment, "measure": cfg.measure}.items():
         if not isinstance(value, bool):
             raise UsageError(f"{key}={value!r} must be true or false")
     schedule = cfg.schedule
@@ -229,7 +230,7 @@ def _circumstances(cfg: DictConfig) -> Circumstances:
             rematerialize=yes_no_or_auto("schedule.rematerialize", schedule.rematerialize),
             constraints=as_constraints(_plain(cfg.placement.constraints)),
             objective=one_of("placement.objective", cfg.placement.objective, OBJECTIVES),
-            time_limit_s=cfg.placement.time_limit_s,
+            time_limit_s=positive_seconds("placement.time_limit_s", cfg.placement.time_limit_s),
         ),
     )
 

@@ -67,6 +67,8 @@ def _refuse(reason: str, code: int) -> int:
 def _missing_file(script: str) -> str | None:
     """Why there is no such program; None if there is."""
     path = Path(script)
+    if path.is_dir() and not (path / "__main__.py").is_file():
+        return f"{script!r} is a folder without a __main__.py; name the file to run"
     if path.exists():
         return None
     from lightning_hetero.cli.explain import near

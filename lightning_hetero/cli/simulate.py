@@ -37,18 +37,20 @@ def simulate(cfg: DictConfig) -> None:
     """
     from omegaconf import OmegaConf
 
-    from lightning_hetero.cli.output import write_or_print
+    from lightning_hetero.cli.output import output_of, text_of, write_or_print
     from lightning_hetero.cli.saved import load_planned
     from lightning_hetero.cli.what_if import outcomes
     from lightning_hetero.strategy.options import one_of
 
     form = one_of("format", cfg.format, _FORMATS)
-    if OmegaConf.is_missing(cfg, "plan"):
+    path = None if OmegaConf.is_missing(cfg, "plan") else text_of("plan", cfg.plan, "plan.json")
+    if path is None:
         raise UsageError(
             "no plan is given; make one with `lightning-hetero plan ... save=plan.json`, then write plan=plan.json"
         )
-    found = outcomes(load_planned(cfg.plan), cfg)
-    write_or_print(_text(found, form, cfg.width), cfg.output)
+    output = output_of("output", cfg.output, "simulated.txt")
+    found = outcomes(load_planned(path), cfg)
+    write_or_print(_text(found, form, cfg.width), output)
 
 
 def _text(found: Sequence[Outcome], form: str, width: int) -> str:

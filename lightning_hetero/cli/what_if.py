@@ -108,10 +108,15 @@ def _outcome(planned: Planned, request: Any, rate: Any, count: Any) -> Outcome:
     )
     return Outcome(
         execution=execution,
-        devices=None if request is None else str(request),
+        devices=_in_words(request, inventory),
         links=None if rate is None else str(rate),
         prediction=predict(costs, plan.device_of, execution, plan.shares_of),
     )
+
+
+def _in_words(request: Any, inventory: Inventory) -> str | None:
+    """A request as it was written, or the names of the devices that a file of the group describes."""
+    return request if request is None or isinstance(request, str) else ", ".join(inventory.names)
 
 
 def _cut(plan: Plan, count: Any) -> Execution:

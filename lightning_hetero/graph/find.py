@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_hetero.errors import PlacementError
-from lightning_hetero.graph.model import ModelGraph, Unit
+from lightning_hetero.graph.model import Compound, ModelGraph, Unit
 
 # Containers of torch.nn whose `forward` only calls their children. All other modules of torch.nn stay whole:
 # MultiheadAttention uses `out_proj.weight` without calling `out_proj`, TransformerEncoderLayer hands the
@@ -87,7 +87,29 @@ def find_units(root: nn.Module, no_split: str | Iterable[str] = ()) -> ModelGrap
         loose_trainable_bytes=sum(tensor_bytes(p) for p in loose if p.requires_grad),
         loose_buffer_bytes=sum(tensor_bytes(b) for b in root.buffers() if id(b) not in seen),
         whole=tuple((name, why) for name, module, why in found if why and any(module.children())),
+        compounds=tuple(_compounds(root)),
     )
+
+
+def _compounds(root: nn.Module) -> Iterator[Compound]:
+    """As `lightning_hetero.runtime.layers` sees them; TorchScript does not run the same code twice."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in root.modules()):
+        return
+    for name, module in root.named_modules():
+        if not name or not _is_compound(module):
+            continue
+        parent = root.get_submodule(name.rpartition(".")[0])
+        alike = sum(type(child) is type(module) for child in parent._modules.values())
+        has_forward = getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in module.__dict__
+        yield Compound(
+            name=name,
+            is_layer=isinstance(parent, (nn.ModuleList, nn.Sequential)) and alike > 1,
+            is_called=has_forward and not any(is_metric(m) or is_placed_elsewhere(m) for m in module.modules()),
+        )
+
+
+def _is_compound(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
 def tensor_bytes(tensor: Tensor) -> int:

@@ -38,6 +38,21 @@ class Unit:
         return self.parameters == 0 and self.tied_to == self.name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compound:
+    """A module with parameters and with modules below it.
+
+    Attributes:
+        name: Name of the module.
+        is_layer: Whether it stands with others of its class in an nn.Sequential or nn.ModuleList.
+        is_called: Whether it has a forward of its own, and nothing below it is placed by others.
+    """
+
+    name: str
+    is_layer: bool
+    is_called: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelGraph:
     """The units of a model in order of definition, and what the model holds outside of them.
@@ -49,6 +64,8 @@ class ModelGraph:
         loose_buffer_bytes: Buffers owned by such modules.
         whole: Names of modules that hold further modules with parameters but stay in one piece, each with
             the reason, in words that fit after "because".
+        compounds: Modules with parameters and modules below them, in order of definition: what activation checkpointing
+            may run again in one piece. None if something in the model cannot run twice.
     """
 
     units: tuple[Unit, ...]
@@ -56,6 +73,7 @@ class ModelGraph:
     loose_trainable_bytes: int = 0
     loose_buffer_bytes: int = 0
     whole: tuple[tuple[str, str], ...] = ()
+    compounds: tuple[Compound, ...] = ()
 
     def __getitem__(self, name: str) -> Unit:
         return self._by_name[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lightning_hetero.placement.checkpointing import checkpointed
 from lightning_hetero.placement.compare import compare, is_hopeful
 from lightning_hetero.placement.constraint_costs import constraint_costs
 from lightning_hetero.placement.explain_choice import explain_choice
@@ -53,15 +54,19 @@ class AutoPolicy:
         best, winner, home = found.best, found.winner, found.home
         if home is not None and home.fits and not (best.fits and best.value < home.value * (1 - self.least_gain)):
             best, winner = home, "single"
+        why: tuple[str, ...] = ()
+        if not best.fits and (rescue := checkpointed(judge)) is not None:
+            best, why = rescue[0], rescue[1:]
         if not best.fits:
             raise infeasible(problem, best.forecast, best.execution, self.name)
         notes, alternatives = explain_choice(judge, best, winner, found.singles, found.asked, self.least_gain)
+        rules = () if why else constraint_costs(judge, best)  # these would be compared with what keeps everything
         return replace(
             as_placement(judge, best),
-            notes=(*notes, *_coupled(problem), *constraint_costs(judge, best), *judge.stopped_note()),
-            proof=found.asked[winner].proof if winner in found.asked else "",
+            notes=(*notes, *why, *_coupled(problem), *rules, *judge.stopped_note()),
+            proof=found.asked[winner].proof if winner in found.asked and not why else "",
             alternatives=alternatives,
-            finalists=tuple(as_placement(judge, rival) for rival in _rivals(judge, best, home)),
+            finalists=tuple(as_placement(judge, rival) for rival in _rivals(judge, best, home) if not why),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from lightning_hetero.placement.checkpointing import checkpointed
 from lightning_hetero.placement.judge import Judge, Priced
 from lightning_hetero.placement.memory_first import fill
 from lightning_hetero.placement.pieces import device_map, share_map
@@ -51,10 +52,15 @@ def place_by(search: Search, problem: Problem, name: str, note: str) -> Placemen
     if not found.best.fits:
         filled = judge.best_execution(fill(problem, judge.pieces)[0])
         found = Found(best=best_of((found.best, filled, *judge.singles().values())))
-    best = found.best
+    best, why = found.best, ""
+    if not best.fits and (rescue := checkpointed(judge)) is not None:
+        best, why = rescue
+        found = Found(best=best)
     if not best.fits and problem.profile is not None:  # an estimate is not enough to refuse; `check_plan` will see
         raise infeasible(problem, best.forecast, best.execution, name)
     notes = [note, f"A batch runs {_how(best)} on {', '.join(n for n in judge.names if n in best.devices)}."]
+    if why:
+        notes.append(why)
     if problem.profile is None:
         notes.append(ESTIMATED)
     notes += judge.stopped_note()
@@ -63,9 +69,11 @@ def place_by(search: Search, problem: Problem, name: str, note: str) -> Placemen
 
 def as_placement(judge: Judge, priced: Priced) -> Placement:
     """What was priced, as a policy's answer."""
+    device_of = device_map(judge.pieces, priced.homes)
     return Placement(
-        device_of=device_map(judge.pieces, priced.homes),
+        device_of=device_of,
         shares_of=share_map(judge.pieces, priced.shares),
+        checkpointed=tuple(unit for unit, device in device_of.items() if device in priced.checkpointed),
         execution=priced.execution,
     )
 

@@ -29,6 +29,7 @@ class Priced:
         value: What the objective makes of it; the lower the better.
         forecast: The prediction.
         shares: Replicas of every piece, its home first; empty for a piece without, and altogether if there are none.
+        checkpointed: Devices whose layers keep their inputs only and run again in the backward.
     """
 
     homes: Homes
@@ -37,6 +38,7 @@ class Priced:
     value: float
     forecast: Forecast
     shares: Shares = ()
+    checkpointed: frozenset[str] = frozenset()
 
     @property
     def fits(self) -> bool:
@@ -105,6 +107,11 @@ class Judge:
             known = self._shared[homes, shares, execution] = self._price(homes, execution, shares)
         return known
 
+    def price_checkpointed(self, priced: Priced, devices: frozenset[str]) -> Priced:
+        """The price of a placement without replicas, with activation checkpointing on some devices."""
+        self.asked += 1
+        return self._price(priced.homes, priced.execution, checkpointed=devices)
+
     def best_execution(self, homes: Iterable[str]) -> Priced:
         """The best way to run a placement."""
         homes = tuple(homes)
@@ -144,9 +151,16 @@ class Judge:
         """Whether every piece is on a device that is allowed to it."""
         return all(home in piece.devices for home, piece in zip(homes, self.pieces, strict=True))
 
-    def _price(self, homes: Homes, execution: Execution, shares: Shares = ()) -> Priced:
-        shares_of = share_map(self.pieces, shares)
-        prediction, value = self.objective(device_map(self.pieces, homes), execution, shares_of)
+    def _price(
+        self,
+        homes: Homes,
+        execution: Execution,
+        shares: Shares = (),
+        checkpointed: frozenset[str] = frozenset(),
+    ) -> Priced:
+        shares_of, device_of = share_map(self.pieces, shares), device_map(self.pieces, homes)
+        units = [unit for unit, device in device_of.items() if device in checkpointed]
+        prediction, value = self.objective(device_of, execution, shares_of, units)
         return Priced(
             homes=homes,
             execution=execution,
@@ -154,6 +168,7 @@ class Judge:
             value=value,
             forecast=prediction.forecast,
             shares=shares,
+            checkpointed=checkpointed,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 from lightning_hetero.errors import InfeasiblePlanError, PlacementError
 from lightning_hetero.placement.constraints import check_constraints
@@ -16,7 +17,9 @@ from lightning_hetero.placement.replicas import places_of, replicated_execution
 from lightning_hetero.plan.build import build_plan
 from lightning_hetero.plan.forecast import FORWARD, Execution
 from lightning_hetero.plan.plan import Plan
+from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.predict import Prediction
+from lightning_hetero.simulate.stages import forecast_stages
 
 
 def make_plan(policy: PlacementPolicy, problem: Problem) -> Plan:
@@ -56,11 +59,11 @@ def _plan(placement: Placement, policy: str, problem: Problem) -> Plan:
         )
     for device_of in places_of(placement.device_of, placement.shares_of):
         check_constraints(device_of, problem)
-    execution, prediction = _predicted(placement, problem)
+    execution, prediction, costs = _predicted(placement, problem)
     if prediction is not None and not prediction.fits:
         raise infeasible(problem, prediction.forecast, execution, policy)
     forecast = prediction.forecast if prediction is not None else None
-    return build_plan(
+    plan = build_plan(
         problem.graph,
         problem.inventory,
         placement.device_of,
@@ -75,21 +78,25 @@ def _plan(placement: Placement, policy: str, problem: Problem) -> Plan:
         alternatives=placement.alternatives,
         objective=problem.objective,
     )
+    plan = plan.with_checkpointing(placement.checkpointed)
+    if forecast is None or costs is None:
+        return plan
+    return replace(plan, forecast=replace(forecast, stages=forecast_stages(costs, plan)))
 
 
-def _predicted(placement: Placement, problem: Problem) -> tuple[Execution, Prediction | None]:
-    """How the placement is to run, and what that will take if there is a profile of all its devices."""
+def _predicted(placement: Placement, problem: Problem) -> tuple[Execution, Prediction | None, Costs | None]:
+    """How the placement is to run, and what that will take by which costs if there is a profile of all its devices."""
     device_of, shares_of, profile = placement.device_of, placement.shares_of, problem.profile
     choices = _choices(placement, problem)
     names = {name for places in places_of(device_of, shares_of) for name in places.values()}
     if profile is None or not profile.units or not names <= set(profile.devices):
-        return choices[0], None
+        return choices[0], None, None
     if shares_of and choices[0].schedule != FORWARD:  # not predicted
-        return choices[0], None
+        return choices[0], None, None
     objective = Objective(problem, profile)
-    pairs = [(execution, *objective(device_of, execution, shares_of)) for execution in choices]
+    pairs = [(execution, *objective(device_of, execution, shares_of, placement.checkpointed)) for execution in choices]
     execution, prediction, _ = min(pairs, key=lambda triple: (not triple[1].fits, triple[2]))
-    return execution, prediction
+    return execution, prediction, objective.costs
 
 
 def _choices(placement: Placement, problem: Problem) -> list[Execution]:

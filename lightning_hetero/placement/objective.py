@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from lightning_hetero.placement.problem import Problem
@@ -34,10 +34,14 @@ class Objective:
         self._forward = Costs(problem.graph, problem.inventory, profile, False, 0.0)
 
     def __call__(
-        self, device_of: Mapping[str, str], execution: Execution, shares_of: SharesOf | None = None
+        self,
+        device_of: Mapping[str, str],
+        execution: Execution,
+        shares_of: SharesOf | None = None,
+        checkpointed: Collection[str] = (),
     ) -> tuple[Prediction, float]:
-        """The prediction of a placement and its value."""
-        prediction = predict(self.costs, device_of, execution, shares_of)
+        """The prediction of a placement and its value; see `predict`."""
+        prediction = predict(self.costs, device_of, execution, shares_of, checkpointed)
         if self._word == "peak_memory":
             return prediction, fullest(prediction.forecast)
         if self._is_stream:

@@ -21,6 +21,7 @@ class Placement:
         device_of: Device name of every unit.
         notes: The reasons, one sentence each, shown under the plan.
         shares_of: The replicas of units that stand on several devices, the owner of the parameters first.
+        checkpointed: The units with activation checkpointing.
         execution: How a batch is to run; None: the best way that the problem allows, by prediction.
         proof: What is known about how good the answer is, in words.
         alternatives: What was considered and rejected, the best first.
@@ -31,6 +32,7 @@ class Placement:
     device_of: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
     shares_of: Mapping[str, tuple[Share, ...]] = field(default_factory=dict)
+    checkpointed: tuple[str, ...] = ()
     execution: Execution | None = None
     proof: str = ""
     alternatives: tuple[Alternative, ...] = ()

@@ -31,6 +31,7 @@ class Problem:
         micro_batches: How many a batch is cut into where it is cut; None: the policy chooses.
         schedules: Ways to run that the policy may choose from: "whole", "forward", or names of schedules of steps.
         rematerialize: Whether "forward" runs forwards again in the backward; None: the policy chooses.
+        may_checkpoint: Whether layers may keep their inputs only and run again in the backward where nothing else fits.
         defers_batch_norm: Whether micro-batches may be normalised by their own mean and variance.
         constraints: Rules for every policy.
         objective: What to minimise. "step_time": seconds of a step. "throughput": the same, since the batch is given
@@ -55,6 +56,7 @@ class Problem:
     micro_batches: int | None = None
     schedules: tuple[str, ...] = (WHOLE, FORWARD)
     rematerialize: bool | None = False
+    may_checkpoint: bool = False
     defers_batch_norm: bool = False
     constraints: Constraints = field(default_factory=Constraints)
     objective: str = "step_time"

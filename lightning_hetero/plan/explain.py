@@ -9,6 +9,7 @@ from lightning_hetero.plan.plan import Plan
 from lightning_hetero.units import format_bytes
 
 HEADER = ("stage", "device", "units", "parameters", "memory", "capacity", "used")
+STAGE_HEADER = ("stage", "on", "forward", "backward", "keeps", "sends on")
 DEVICE_HEADER = ("device", "computes", "slack", "receives", "peak memory", "capacity", "used")
 
 
@@ -57,6 +58,8 @@ def outlook(plan: Plan) -> list[str]:
     lines = []
     if plan.forecast is not None:
         lines += [_step(plan, plan.forecast), text_table(DEVICE_HEADER, device_rows(plan.forecast))]
+        if plan.forecast.stages:
+            lines.append(text_table(STAGE_HEADER, stage_forecast_rows(plan.forecast)))
     if plan.proof:
         lines.append(plan.proof)
     if plan.alternatives:
@@ -76,6 +79,21 @@ def device_rows(forecast: Forecast) -> list[tuple[str, ...]]:
             *_memory(device.memory_bytes, device.limit_bytes),
         )
         for device in forecast.devices
+    ]
+
+
+def stage_forecast_rows(forecast: Forecast) -> list[tuple[str, ...]]:
+    """One row for each stage and replica, under `STAGE_HEADER`: what it does in a step, all micro-batches together."""
+    return [
+        (
+            str(stage.stage),
+            stage.device,
+            format_seconds(stage.forward_s),
+            format_seconds(stage.backward_s),
+            format_bytes(stage.kept_bytes),
+            format_bytes(stage.sent_bytes),
+        )
+        for stage in forecast.stages
     ]
 
 

@@ -72,6 +72,28 @@ class DeviceForecast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageForecast:
+    """What one stage, or one replica of it, will do in a step: all of its micro-batches together.
+
+    Attributes:
+        stage: Its place among the stages of the plan, from 0.
+        device: Name of its device.
+        forward_s: Seconds of its forwards, without transfers.
+        backward_s: Seconds of its backwards, with the forwards that these repeat; 0 without training.
+        kept_bytes: What it keeps for backwards when it keeps the most: activations and inputs of all micro-batches
+            that are under way at once. 0 without training.
+        sent_bytes: What its forwards send to other devices. Gradients of as many bytes come back, at most.
+    """
+
+    stage: int
+    device: str
+    forward_s: float
+    backward_s: float
+    kept_bytes: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """What a step will take.
 
@@ -80,12 +102,17 @@ class Forecast:
         devices: The devices that take part, in the order of the inventory, the root always.
         bottleneck: What to make faster first, in words: "compute of cuda:1", "link cuda:0 -> cpu".
         estimated: Whether seconds come from data sheets and sizes, and not from a clock.
+        stages: In the order of the plan, the replicas of a stage as it names them. None in plans of earlier releases,
+            and where only whole placements were compared.
     """
+
+    LATER_FIELDS: ClassVar[tuple[str, ...]] = ("stages",)
 
     step_s: float
     devices: tuple[DeviceForecast, ...]
     bottleneck: str
     estimated: bool
+    stages: tuple[StageForecast, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,16 @@ from typing import get_args
 from lightning_hetero.devices import INVENTORY_HEADER, Inventory, inventory_rows
 from lightning_hetero.errors import UsageError
 from lightning_hetero.plan import Plan
-from lightning_hetero.plan.explain import DEVICE_HEADER, HEADER, device_rows, format_seconds, stage_rows, title
+from lightning_hetero.plan.explain import (
+    DEVICE_HEADER,
+    HEADER,
+    STAGE_HEADER,
+    device_rows,
+    format_seconds,
+    stage_forecast_rows,
+    stage_rows,
+    title,
+)
 from lightning_hetero.report.borders import Border
 from lightning_hetero.report.canvas import require_matplotlib
 from lightning_hetero.report.gantt import gantt, gantt_pair
@@ -109,6 +118,9 @@ def _decision(plan: Plan, alternatives: Sequence[Plan]) -> Iterator[str]:
     if plan.forecast is not None:
         yield heading("Devices in a step")
         yield table(DEVICE_HEADER, device_rows(plan.forecast))
+        if plan.forecast.stages:
+            yield heading("Stages in a step")
+            yield table(STAGE_HEADER, stage_forecast_rows(plan.forecast))
     if alternatives:
         yield heading("Runners-up")
         yield table(("policy", "step", "devices", "stages"), [_runner_up(other) for other in alternatives])

@@ -51,7 +51,7 @@ class Paint:
 
 OPS = {
     "F": Paint("forward", SKY),
-    "B": Paint("backward", ORANGE),
+    "B": Paint("backward", ORANGE, "//"),
     "I": Paint("input gradient", ORANGE, "////"),
     "W": Paint("weight gradient", YELLOW, "\\\\\\\\"),
     "own": Paint("own code, loss", GREY, "...."),

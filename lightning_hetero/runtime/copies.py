@@ -58,7 +58,7 @@ class UnderWay(NamedTuple):
         streams: Of the type of accelerator that makes it.
         copy: The copy.
         event: Comes when it is complete; None if it is.
-        source: What it is made of, which must not go before. A copy that is not waited for may keep it otherwise.
+        source: What it is made of, if that must neither go nor change before.
     """
 
     streams: Streams
@@ -99,13 +99,15 @@ class Arriving:
         For those on the CPU it waits. For those on an accelerator the stream waits that this thread launches on, and
         the thread goes on.
         """
-        for streams, copy, event, _ in self._under_way:
+        for streams, copy, event, source in self._under_way:
             if copy.is_cpu:
                 event.synchronize()
                 continue
             current = streams.current(copy.device)
             if event is not None:
                 current.wait_event(event)
+            if source is not None:  # autograd adds to a gradient in place once nobody else has it
+                streams.current(source.device).wait_event(event)
             streams.keep(copy, current)  # it comes from the memory of another stream
         self._under_way = ()
         if not self._to_copy:
@@ -214,4 +216,4 @@ def _across(streams: Streams, tensor: Tensor, device: torch.device, ready: Mark)
         streams.copy(there, tensor)
         event = streams.record(inward)
     streams.keep(tensor, outward)  # nobody on the CPU waits, so it may be let go before it is copied
-    return UnderWay(streams, there, event, None)
+    return UnderWay(streams, there, event, tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,18 +22,21 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> str:
     Returns:
         JSON text; times in it are microseconds, as the format wants.
     """
-    events = [event for pid, item in enumerate(timelines.items()) for event in _process(pid, *item)]
+    threads = itertools.count(1)  # from 1, and each number once: viewers take 0, and what is repeated, for the same
+    events = [event for pid, item in enumerate(timelines.items(), 1) for event in _process(pid, threads, *item)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-def _process(pid: int, title: str, timeline: Timeline) -> Iterator[_Event]:
-    yield _name("process_name", title, pid, 0)
-    tid, start_s = 0, timeline.start_s
+def _process(pid: int, threads: Iterator[int], title: str, timeline: Timeline) -> Iterator[_Event]:
+    start_s = timeline.start_s
+    yield _said("process_name", {"name": title}, pid, 0)
+    yield _said("process_sort_index", {"sort_index": pid}, pid, 0)
     for device in timeline.devices:
         for name, lane in ((device, timeline.work_of(device)), *_transfer_lanes(timeline, device)):
-            yield _name("thread_name", name, pid, tid)
+            tid = next(threads)
+            yield _said("thread_name", {"name": name}, pid, tid)
+            yield _said("thread_sort_index", {"sort_index": tid}, pid, tid)
             yield from (_complete(span, pid, tid, start_s) for span in lane)
-            tid += 1
 
 
 def _transfer_lanes(timeline: Timeline, device: str) -> Iterator[tuple[str, list[Span]]]:
@@ -47,8 +51,8 @@ def _transfer_lanes(timeline: Timeline, device: str) -> Iterator[tuple[str, list
     return ((f"{device} {TRANSFER}", lane) for lane in lanes)
 
 
-def _name(kind: str, name: str, pid: int, tid: int) -> _Event:
-    return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
+def _said(kind: str, about: dict[str, Any], pid: int, tid: int) -> _Event:
+    return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": about}
 
 
 def _complete(span: Span, pid: int, tid: int, start_s: float) -> _Event:

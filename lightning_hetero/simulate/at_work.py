@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from lightning_hetero.profile.costs import Line
 from lightning_hetero.simulate.costs import Costs, Flow
+from lightning_hetero.simulate.rerun import Piece, handed_on, piece_of_units
 from lightning_hetero.simulate.route import Route
 
 
@@ -37,10 +38,12 @@ def at_work(
     work: Work,
     held: Sequence[int],
     own_bytes: float,
+    pieces: Sequence[Piece] = (),
 ) -> dict[int, float]:
     """The most that autograd keeps and the unit at work needs, by index of the device, in training.
 
     The micro-batch at work has let go of what it kept of later units, or has not come to them yet; the others keep all.
+    Of pieces that run again, their inputs are kept; all that is inside of one of them is there while it runs again.
 
     Args:
         costs: Of the model.
@@ -49,11 +52,14 @@ def at_work(
         work: The micro-batches.
         held: How many of them each stage keeps something of.
         own_bytes: What own code needs on the root when everything is kept.
+        pieces: What runs again in the backward.
     """
     where = [run.device for run in route.runs for _ in range(run.first, run.stop)]
     is_block = [len({device_of[name] for name in names}) == 1 for names in costs.around]
-    kept, leaving, passing = _kept(costs, where, is_block, work.is_cut)
-    code = _code(costs, where, is_block)
+    piece_of = piece_of_units(costs, pieces)
+    kept, leaving, passing, entering = _kept(costs, where, is_block, work.is_cut, piece_of)
+    code = _code(costs, where, is_block, piece_of)
+    handed = handed_on(costs, piece_of)
     waits = _waits(costs, where, is_block)
     others: defaultdict[int, float] = defaultdict(float)
     before: defaultdict[int, float] = defaultdict(float)
@@ -64,43 +70,101 @@ def at_work(
         others[device] += work.bytes_of(line, in_flight) - own
         before[device] += own
 
-    for device, line, _ in code.get(-1, ()):
+    def run_code(after: int, in_flight: int, inside: bool) -> None:
+        for device, line, moment_line, is_inside in code.get(after, ()):
+            if is_inside is inside:
+                keep(device, line, 1 if inside else in_flight)
+                there = stays if device == run.device else 0.0
+                most[device] = max(most[device], before[device] + there + work.bytes_of(moment_line, 1))
+
+    for device, line, _, _ in code.get(-1, ()):
         keep(device, line, held[0] if held else 1)
     for run, in_flight in zip(route.runs, held, strict=True):
         # What leaves a stage is held until the backward of the stage has ended.
         stays = sum(work.bytes_of(leaving[unit], 1) for unit in range(run.first, run.stop))
         moved = Line()  # inputs that are not kept, but are there until the forward of the stage has ended
+        begin, inputs = 0.0, Line()  # of the piece at work: what was kept before it, and what it keeps
         for unit in range(run.first, run.stop):
-            keep(run.device, kept[unit], in_flight)
+            piece = piece_of[unit]
+            if piece >= 0 and unit == pieces[piece][0]:
+                begin, inputs = before[run.device], Line()
+            inputs += entering[unit]
+            keep(run.device, kept[unit], in_flight if piece < 0 else 1)
             stays -= work.bytes_of(leaving[unit], 1)
             cost, moved = costs.units[unit], moved + passing[unit][1]
             moments = dict.fromkeys((run.device, *waits[unit]), 0.0)
-            forward = cost.temporary_bytes + passing[unit][0] + moved
+            forward = cost.temporary_bytes + passing[unit][0] + moved + handed.get(piece, Line())
             moments[run.device] = stays + max(work.bytes_of(line, 1) for line in (forward, cost.backward_bytes))
             for device, moment in moments.items():
                 wait = work.bytes_of(waits[unit].get(device, Line()), 1)
                 most[device] = max(most[device], before[device] + moment + wait)
-            for device, line, moment_line in code.get(unit, ()):
-                keep(device, line, in_flight)
-                there = stays if device == run.device else 0.0
-                most[device] = max(most[device], before[device] + there + work.bytes_of(moment_line, 1))
+            run_code(unit, in_flight, inside=True)
+            if piece >= 0 and unit == pieces[piece][1] - 1:
+                before[run.device] = begin
+                keep(run.device, inputs, in_flight)
+            run_code(unit, in_flight, inside=False)
     # Own code has its moment on the root when everything is kept.
     most[costs.root] = max(most[costs.root], before[costs.root] + own_bytes)
     return {device: others[device] + most[device] for device in most}
 
 
-def _code(costs: Costs, where: list[int], is_block: list[bool]) -> dict[int, list[tuple[int, Line, Line]]]:
-    """Device, what it keeps and its moment, of own code after each unit. What units keep anyway is theirs."""
-    found: defaultdict[int, list[tuple[int, Line, Line]]] = defaultdict(list)
+def kept_by_units(
+    costs: Costs, route: Route, device_of: Mapping[str, str], is_cut: bool, pieces: Sequence[Piece] = ()
+) -> list[Line]:
+    """What is kept of each unit that is called for one micro-batch, inputs included, every tensor once on its device.
+
+    What own code on the same device keeps belongs to the unit that was called before.
+
+    Args:
+        costs: Of the model.
+        route: Its stages.
+        device_of: Device name of each unit.
+        is_cut: Whether there are several micro-batches.
+        pieces: What runs again in the backward, and keeps its inputs only.
+    """
+    where = [run.device for run in route.runs for _ in range(run.first, run.stop)]
+    is_block = [len({device_of[name] for name in names}) == 1 for names in costs.around]
+    piece_of = piece_of_units(costs, pieces)
+    kept, _, _, entering = _kept(costs, where, is_block, is_cut, piece_of)
+    found = [kept[unit] if piece < 0 else entering[unit] for unit, piece in enumerate(piece_of)]
+    for after, parts in _code(costs, where, is_block, piece_of).items():
+        for device, line, _, runs_again in parts:
+            if after >= 0 and device == where[after] and not runs_again:
+                found[after] += line
+    return found
+
+
+def _code(
+    costs: Costs, where: list[int], is_block: list[bool], piece_of: list[int]
+) -> dict[int, list[tuple[int, Line, Line, bool]]]:
+    """Device, what it keeps, its moment, and whether it runs again, of own code after each unit.
+
+    What units keep anyway is theirs.
+    """
+    found: defaultdict[int, list[tuple[int, Line, Line, bool]]] = defaultdict(list)
     for around, after, kept, moment_bytes in costs.code:
         device = _device(costs, around, where, is_block, after)
+        piece = _piece_around(costs, around, after, piece_of)
         size = Line()
         for line, source, takers in kept:
-            made = source >= 0 and where[source] == device and _keeps(costs.units[source].saved_output_bytes, line)
+            made = (
+                source >= 0
+                and where[source] == device
+                and piece_of[source] in (-1, piece)
+                and _keeps(costs.units[source].saved_output_bytes, line)
+            )
             if not made and not any(where[unit] == device and _takes(costs, unit) for unit in takers):
                 size += line
-        found[after].append((device, size, moment_bytes))
+        found[after].append((device, size, moment_bytes, piece >= 0))
     return found
+
+
+def _piece_around(costs: Costs, around: int, after: int, piece_of: list[int]) -> int:
+    """The piece of which own code is a part; -1 for none."""
+    if around < 0 or after < 0 or piece_of[after] < 0:
+        return -1
+    pieces = {piece_of[unit] for unit, cost in enumerate(costs.units) if cost.name in costs.around[around]}
+    return piece_of[after] if pieces == {piece_of[after]} else -1
 
 
 def _waits(costs: Costs, where: list[int], is_block: list[bool]) -> list[dict[int, Line]]:
@@ -124,19 +188,20 @@ def _device(costs: Costs, around: int, where: list[int], is_block: list[bool], u
 
 
 def _kept(
-    costs: Costs, where: list[int], is_block: list[bool], cut: bool
-) -> tuple[list[Line], list[Line], list[tuple[Line, Line]]]:
+    costs: Costs, where: list[int], is_block: list[bool], cut: bool, piece_of: list[int]
+) -> tuple[list[Line], list[Line], list[tuple[Line, Line]], list[Line]]:
     """What is kept of each unit for one micro-batch, every tensor once on its device.
 
     Where a batch is cut, inputs and outputs of what runs in one piece are kept in any case. The batch stays.
 
     Returns:
-        What is kept, the part of it that leaves the unit, and what it takes without keeping it: from its own device,
-        and from others.
+        What is kept, the part of it that leaves the unit, what it takes without keeping it (from its own device, and
+        from others), and the part of what is kept that enters or leaves a piece that runs again.
     """
     kept = [unit.saved_bytes.scaled(unit.calls) for unit in costs.units]
     leaving: list[set[tuple[Line, bool]]] = [set() for _ in costs.units]
     passing = [(Line(), Line())] * len(costs.units)
+    entering = [Line()] * len(costs.units)
     in_chain = {unit for flow in costs.flows if flow.chained for unit in (flow.source, flow.target)}
     for flow in costs.flows:
         here = where[flow.source] if flow.source >= 0 else costs.root
@@ -144,10 +209,17 @@ def _kept(
         inside = flow.chained or (flow.around >= 0 and is_block[flow.around])
         stays = here == there and (here == costs.root or inside)
         if flow.target >= 0:
+            piece = piece_of[flow.target]
+            enters = piece >= 0 and (flow.source < 0 or piece_of[flow.source] != piece)
             again = stays and flow.taken_before >= 0 and where[flow.taken_before] == there
-            if not again and not (stays and flow.source >= 0 and _saves_output(costs, flow)):
+            again = again and piece_of[flow.taken_before] in (-1, piece)
+            saved = stays and flow.source >= 0 and piece_of[flow.source] in (-1, piece) and _saves_output(costs, flow)
+            if not again and not saved:
+                entering[flow.target] += flow.size_bytes if enters else Line()
                 is_batch = here == there and flow.source < 0 and not flow.has_gradient
-                share = 1.0 if is_batch or (cut and (here != there or not inside)) else _saved_share(costs, flow)
+                share = (
+                    1.0 if enters or is_batch or (cut and (here != there or not inside)) else _saved_share(costs, flow)
+                )
                 kept[flow.target] += flow.size_bytes.scaled(share)
                 rest = flow.size_bytes.scaled(1.0 - share)
                 found, moved = passing[flow.target]
@@ -157,10 +229,12 @@ def _kept(
                 # It goes to the root at the end of the chain, and its gradient comes there.
                 leaving[flow.source].add((flow.size_bytes.scaled(2.0), False))
             else:
-                leaving[flow.source].add((flow.size_bytes, _saves_output(costs, flow)))
+                saved = piece_of[flow.source] < 0 and _saves_output(costs, flow)
+                leaving[flow.source].add((flow.size_bytes, saved))
     for unit, flows in enumerate(leaving):
+        entering[unit] = sum((size for size, saved in flows if not saved), entering[unit])
         kept[unit] = sum((size for size, saved in flows if not saved), kept[unit])
-    return kept, [sum((size for size, _ in flows), Line()) for flows in leaving], passing
+    return kept, [sum((size for size, _ in flows), Line()) for flows in leaving], passing, entering
 
 
 def _saved_share(costs: Costs, flow: Flow) -> float:

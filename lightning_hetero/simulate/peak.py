@@ -11,6 +11,7 @@ from lightning_hetero.profile.costs import Line
 from lightning_hetero.schedule import Pipeline, bounds, get_schedule
 from lightning_hetero.simulate.at_work import Work, at_work
 from lightning_hetero.simulate.costs import Costs
+from lightning_hetero.simulate.rerun import Piece
 from lightning_hetero.simulate.route import Route, trained_bytes
 
 _COMPARED = 5  # outputs of the whole batch that a trial holds at once: of the whole, of parts, joined, with other rows
@@ -18,7 +19,12 @@ _COPIED = 3  # inputs of the whole batch likewise: a copy, one with other rows, 
 
 
 def peak_bytes(
-    costs: Costs, route: Route, device_of: Mapping[str, str], execution: Execution, rows: Sequence[int]
+    costs: Costs,
+    route: Route,
+    device_of: Mapping[str, str],
+    execution: Execution,
+    rows: Sequence[int],
+    pieces: Sequence[Piece] = (),
 ) -> dict[int, int]:
     """Peak memory by index of the device: of those with units, and of the root.
 
@@ -35,19 +41,20 @@ def peak_bytes(
         device_of: Device name of each unit.
         execution: How it runs.
         rows: Rows of every micro-batch, the largest first.
+        pieces: What activation checkpointing runs again.
     """
     resident = resident_bytes(costs, device_of)
     total = list(resident)
     root, everything = costs.root, len(rows)
     in_steps = execution.schedule not in (WHOLE, FORWARD)
     work = Work(rows)
-    held = _held(route, execution, everything, root)
+    held = in_flight(route, execution, everything, root)
     lanes = min(len(route.devices) + 1, everything)
     waiting = _waiting(route, work, everything)
     own, parts = costs.profile.own_code, max(held, default=1) if in_steps else everything
     own_bytes = own.temporary_bytes(rows[0] if in_steps else sum(rows))
     if costs.training:
-        most = at_work(costs, route, device_of, work, held, own_bytes)
+        most = at_work(costs, route, device_of, work, held, own_bytes, pieces)
     else:
         most = _inference(costs, route, rows)
         total[root] += own_bytes
@@ -129,7 +136,7 @@ def _early(
                 yield costs.root, work.bytes_of(flow.size_bytes, micro_batches) - counted
 
 
-def _held(route: Route, execution: Execution, micro_batches: int, root: int) -> list[int]:
+def in_flight(route: Route, execution: Execution, micro_batches: int, root: int) -> list[int]:
     """How many micro-batches each stage keeps something of at once, in training.
 
     In the schedules of steps the loss follows the last stage, and is one more if it is on another device.

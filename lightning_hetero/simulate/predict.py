@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from lightning_hetero.simulate.cost import StageCost
 from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.price import Price, price, stage_costs
 from lightning_hetero.simulate.replicas import SharesOf, Way, add_exchange, peak_of_ways, ways_of
+from lightning_hetero.simulate.rerun import Piece, pieces_to_rerun
 from lightning_hetero.simulate.route import Route, route, trained_bytes
 from lightning_hetero.simulate.run import OPTIMIZER, Slot, run_step, run_steps_schedule
 from lightning_hetero.simulate.step import as_timeline
@@ -43,7 +44,11 @@ class Prediction:
 
 
 def predict(
-    costs: Costs, device_of: Mapping[str, str], execution: Execution, shares_of: SharesOf | None = None
+    costs: Costs,
+    device_of: Mapping[str, str],
+    execution: Execution,
+    shares_of: SharesOf | None = None,
+    checkpointed: Collection[str] = (),
 ) -> Prediction:
     """Predict one step of a placed model.
 
@@ -57,6 +62,7 @@ def predict(
         device_of: Device name of every unit of the graph; of one with replicas, that of the owner.
         execution: How a batch runs; of the schedules, "forward" only if there are replicas.
         shares_of: The replicas of units that have some, the owner first.
+        checkpointed: Units with activation checkpointing, which have no replicas.
 
     Raises:
         PlacementError: A unit has no device, or one that is not in the inventory.
@@ -70,12 +76,11 @@ def predict(
             f"{execution.schedule!r}"
         )
     owners = route(costs, device_of)
-    if execution.schedule == FORWARD and costs.is_coupled:  # the owners do all
-        execution, shares_of = Execution(), {}
-    execution = execution if shares_of else _as_run(costs, owners, execution)
+    execution, shares_of = as_run(costs, owners, execution, shares_of)
     rows = split_rows(costs.profile.rows, execution.micro_batches, execution.weights)
     ways = ways_of(costs, device_of, owners, shares_of, rows)
-    prices = _prices(costs, ways, rows, execution)
+    pieces = pieces_to_rerun(costs, device_of, checkpointed) if costs.training else ()
+    prices = _prices(costs, ways, rows, execution, pieces)
     if execution.schedule in (WHOLE, FORWARD):
         used = {device for way in ways for device in way.route.devices}
         slots, end_s = run_step(costs, prices, execution, len(used))
@@ -83,7 +88,7 @@ def predict(
         slots, end_s = run_steps_schedule(costs, prices, execution)
     end_s = add_exchange(costs, device_of, shares_of, slots, end_s)
     end_s = _optimize(costs, owners, slots, end_s)
-    memory = peak_of_ways(costs, device_of, shares_of, execution, ways)
+    memory = peak_of_ways(costs, device_of, shares_of, execution, ways, pieces)
     forecast = _forecast(costs, prices, slots, end_s, memory)
     return Prediction(
         forecast=forecast,
@@ -93,26 +98,35 @@ def predict(
     )
 
 
-def _prices(costs: Costs, ways: Sequence[Way], rows: Sequence[int], execution: Execution) -> list[Price]:
+def _prices(
+    costs: Costs, ways: Sequence[Way], rows: Sequence[int], execution: Execution, pieces: Sequence[Piece]
+) -> list[Price]:
     """What each micro-batch costs; the same object for equal ones."""
     overhead_s = 0.0 if execution.schedule == WHOLE else costs.profile.call_overhead_s
     sums = 1 - 1 / len(rows)  # a micro-batch in the middle stands for all of them
     known: dict[tuple[int, int], Price] = {}
     for way, count in zip(ways, rows, strict=True):
         if (id(way), count) not in known:
-            known[id(way), count] = price(costs, way.route, count, overhead_s, sums)
+            known[id(way), count] = price(costs, way.route, count, overhead_s, sums, pieces)
     return [known[id(way), count] for way, count in zip(ways, rows, strict=True)]
 
 
-def _as_run(costs: Costs, way: Route, execution: Execution) -> Execution:
-    """What the runtime makes of it: "forward" cuts nothing where there is no border, or no second row."""
-    if not way.runs:
-        return Execution()
-    if execution.schedule == FORWARD and (
-        len(way.devices) < 2 or execution.micro_batches < 2 or costs.profile.rows < 2
-    ):
-        return Execution()
-    return execution
+def as_run(costs: Costs, way: Route, execution: Execution, shares_of: SharesOf) -> tuple[Execution, SharesOf]:
+    """What the runtime makes of it: "forward" cuts nothing where there is no border, or no second row.
+
+    Args:
+        costs: Of the model.
+        way: The stages on their owners.
+        execution: How a batch is to run.
+        shares_of: The replicas.
+    """
+    is_forward = execution.schedule == FORWARD
+    if is_forward and costs.is_coupled:  # the owners do all
+        return Execution(), {}
+    if shares_of:
+        return execution, shares_of
+    is_alone = len(way.devices) < 2 or execution.micro_batches < 2 or costs.profile.rows < 2
+    return Execution() if not way.runs or (is_forward and is_alone) else execution, {}
 
 
 def _optimize(costs: Costs, way: Route, slots: list[Slot], now_s: float) -> float:

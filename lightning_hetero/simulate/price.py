@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_hetero.simulate.cost import StageCost
 from lightning_hetero.simulate.costs import Costs
+from lightning_hetero.simulate.rerun import Piece
 from lightning_hetero.simulate.route import Route
 
 
@@ -48,7 +50,9 @@ class Price(NamedTuple):
     own_backward_s: float
 
 
-def price(costs: Costs, route: Route, rows: int, overhead_s: float, sums: float = 0.0) -> Price:
+def price(
+    costs: Costs, route: Route, rows: int, overhead_s: float, sums: float = 0.0, pieces: Sequence[Piece] = ()
+) -> Price:
     """Price a route.
 
     Args:
@@ -57,6 +61,7 @@ def price(costs: Costs, route: Route, rows: int, overhead_s: float, sums: float 
         rows: Rows of the micro-batch.
         overhead_s: What the runtime adds to each call, forward and backward together.
         sums: How often its gradients are added to those of others: for all micro-batches but the first, once.
+        pieces: What runs again in the backward.
 
     Raises:
         ProfileError: The profile knows no seconds of a unit on its device.
@@ -65,7 +70,7 @@ def price(costs: Costs, route: Route, rows: int, overhead_s: float, sums: float 
     count = len(route.runs)
     forward_in, forward_out, backward_in, backward_out = ([0.0] * count for _ in range(4))
     link_s: dict[tuple[int, int], float] = {}
-    for sender, receiver, size, times, comes_back, stage, enters, _ in route.moves:
+    for sender, receiver, size, times, comes_back, stage, enters, _, _ in route.moves:
         size_bytes = size.fixed + size.per_row * rows
         for a, b, there, back in (
             (sender, receiver, forward_in, forward_out),
@@ -86,6 +91,9 @@ def price(costs: Costs, route: Route, rows: int, overhead_s: float, sums: float 
             both = zip(seconds.forward_s[device], seconds.backward_s[device], strict=True)
             lost = [math.isnan(f + b) for f, b in both]
             raise costs.missing(lost.index(True, first), device)
+        if pieces:
+            again = (seconds.forward_s[device][a:b] for a, b in pieces if first <= a < stop)
+            backward_s += math.fsum(math.fsum(piece) for piece in again)
         added_s = overhead_s * calls / halves
         sums_s = sums * costs.gradient_sum_s(device, sum(costs.trained_bytes[first:stop])) if sums else 0.0
         stages.append(

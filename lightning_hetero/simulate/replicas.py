@@ -15,6 +15,7 @@ from lightning_hetero.schedule import TRANSFER
 from lightning_hetero.schedule.rows import deal
 from lightning_hetero.simulate.costs import Costs
 from lightning_hetero.simulate.peak import peak_bytes, resident_bytes
+from lightning_hetero.simulate.rerun import Piece
 from lightning_hetero.simulate.route import Route, route
 from lightning_hetero.simulate.run import Slot
 
@@ -94,7 +95,12 @@ def add_exchange(
 
 
 def peak_of_ways(
-    costs: Costs, device_of: Mapping[str, str], shares_of: SharesOf, execution: Execution, ways: Sequence[Way]
+    costs: Costs,
+    device_of: Mapping[str, str],
+    shares_of: SharesOf,
+    execution: Execution,
+    ways: Sequence[Way],
+    pieces: Sequence[Piece] = (),
 ) -> dict[int, int]:
     """Peak memory by index of the device: what stays, once, and what comes on top on all ways together."""
     stays = resident_bytes(costs, device_of)
@@ -106,7 +112,7 @@ def peak_of_ways(
     used = {costs.root}
     for way in {id(way): way for way in ways}.values():
         without = resident_bytes(costs, way.device_of)
-        for device, size_bytes in peak_bytes(costs, way.route, way.device_of, execution, way.rows).items():
+        for device, size_bytes in peak_bytes(costs, way.route, way.device_of, execution, way.rows, pieces).items():
             total[device] += size_bytes - without[device]
             used.add(device)
     return {device: round(total[device]) for device in sorted(used)}

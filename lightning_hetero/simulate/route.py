@@ -23,6 +23,7 @@ class Move(NamedTuple):
         stage: The stage that cannot begin (`enters`) or end without it.
         enters: Whether it is an input of the stage.
         given: Whether it is the batch, or made by the model's own code.
+        source: Index of the unit that made it; -1 for none.
     """
 
     sender: int
@@ -33,6 +34,7 @@ class Move(NamedTuple):
     stage: int
     enters: bool
     given: bool
+    source: int
 
 
 class Run(NamedTuple):
@@ -97,7 +99,7 @@ def route(costs: Costs, device_of: Mapping[str, str]) -> Route:
             alone[target] = True
         if chained:
             times = costs.units[target].calls
-            moves.append(Move(here, there, size, times, gradient, stage_of[target], True, False))
+            moves.append(Move(here, there, size, times, gradient, stage_of[target], True, False, source))
             continue
         if here != root:
             homeward[source, size] = homeward.get((source, size), False) or gradient
@@ -105,10 +107,10 @@ def route(costs: Costs, device_of: Mapping[str, str]) -> Route:
             outputs += size
         if there != root:
             times = costs.units[target].calls
-            moves.append(Move(root, there, size, times, gradient, stage_of[target], True, source < 0))
+            moves.append(Move(root, there, size, times, gradient, stage_of[target], True, source < 0, source))
     for (source, size), gradient in homeward.items():
         times = costs.units[source].calls
-        moves.append(Move(where[source], root, size, times, gradient, stage_of[source], False, False))
+        moves.append(Move(where[source], root, size, times, gradient, stage_of[source], False, False, source))
     runs = tuple(
         Run(where[first], first, stop, 1 + sum(alone[u] and not joined[u] for u in range(first + 1, stop)))
         for first, stop in borders

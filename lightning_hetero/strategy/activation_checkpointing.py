@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning_hetero.devices import Inventory
 from lightning_hetero.errors import UsageError
 from lightning_hetero.plan import Plan
-from lightning_hetero.strategy.planning import read_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,20 +16,17 @@ class ActivationCheckpointing:
 
     Attributes:
         wanted: True for all of them, False for none, names of devices for those on these devices; None for those of
-            the plan file.
-        plan_file: The plan file, if there is one.
+            the plan.
     """
 
     wanted: bool | tuple[str, ...] | None
-    plan_file: Path | None = None
 
     @classmethod
-    def of(cls, given: Any, plan_file: Path | None, rematerialize: bool | None) -> ActivationCheckpointing:
+    def of(cls, given: Any, rematerialize: bool | None) -> ActivationCheckpointing:
         """Read the argument of a user.
 
         Args:
             given: The argument.
-            plan_file: Path of a plan file.
             rematerialize: Whether whole modules run again in the backward; None if the plan decides.
 
         Raises:
@@ -45,7 +40,7 @@ class ActivationCheckpointing:
             )
         if given and rematerialize is not False:
             raise _redundant("True" if rematerialize else "'auto'")
-        return cls(tuple(given) if is_list else given, plan_file)
+        return cls(tuple(given) if is_list else given)
 
     def check(self, inventory: Inventory) -> None:
         """Refuse names of devices that are not there.
@@ -68,18 +63,18 @@ class ActivationCheckpointing:
             rematerialize: Whether it runs whole modules again in the backward.
 
         Raises:
-            UsageError: The plan file asks for both.
+            UsageError: The plan asks for both.
         """
         wanted = self.wanted
         if wanted is None:
-            units = read_plan(self.plan_file).checkpointed if self.plan_file is not None else ()
+            units = plan.checkpointed
         elif isinstance(wanted, bool):
             units = tuple(plan.device_of) if wanted else ()
         else:
             units = tuple(unit for unit, device in plan.device_of.items() if device in wanted)
         if units and rematerialize:
             raise _redundant("True")
-        return plan.with_checkpointing(units) if units else plan
+        return plan.with_checkpointing(units)
 
 
 def _redundant(rematerialize: str) -> UsageError:

@@ -29,20 +29,31 @@ class Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the message, in lines of its own even where a progress bar is in the middle of one."""
         stream: TextIO = sys.stderr  # of now: notebooks and tests replace it
+        bars: Any = sys.modules.get("tqdm")
         try:
-            stream.write(f"{self.format(record)}\n")
+            if bars is None:
+                stream.write(f"{self.format(record)}\n")
+            else:  # takes its bars away for a moment; without bars it only writes
+                bars.tqdm.write(self.format(record), file=stream)
             stream.flush()
         except Exception:
             self.handleError(record)
 
 
 def show_messages() -> None:
-    """Attach the console to the logger of the package, once; a level that the program has set stays."""
+    """Attach the console to the logger of the package, once, and let it say what is INFO.
+
+    A level that the program has set stays; so does that of the root logger where the program has configured it.
+    """
     logger = logging.getLogger(NAME)
     if any(isinstance(handler, Console) for handler in logger.handlers):
         return
     handler = Console()
     handler.setFormatter(logging.Formatter("hetero: %(message)s"))
     logger.addHandler(handler)
-    if logger.level == logging.NOTSET:
+    if (
+        not logging.getLogger().handlers
+        and logger.level == logging.NOTSET
+        and logger.getEffectiveLevel() > logging.INFO
+    ):
         logger.setLevel(logging.INFO)

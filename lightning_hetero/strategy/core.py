@@ -32,7 +32,6 @@ from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.arguments import known_arguments_only
 from lightning_hetero.strategy.averaging import warn_of_copies
 from lightning_hetero.strategy.busy import BusyTable, busy_table
-from lightning_hetero.strategy.console import show_messages
 from lightning_hetero.strategy.first_steps import MEASURE_AND_PLAN_S, PROFILE, FirstSteps, can_gain, steps_left
 from lightning_hetero.strategy.memory import readable_out_of_memory
 from lightning_hetero.strategy.mocks import Replaceable, replaced
@@ -56,7 +55,6 @@ from lightning_hetero.strategy.watch import Watch
 from lightning_hetero.strategy.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-show_messages()
 
 
 class HeteroStrategyCore(ResumingCore, SpreadingCore):
@@ -94,8 +92,8 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         activation_checkpointing: True lets the layers on all devices keep their inputs only and run again in the
             backward, with the same random numbers; a list of names of devices, those on these devices. With and without
             micro-batches, in every schedule; results stay the same bit for bit. Hooks of user code on modules inside
-            of layers, and attributes that a forward counts up, see both runs. None does what a plan file says, and
-            False nothing. Not together with `rematerialize`.
+            of layers, and attributes that a forward counts up, see both runs. None does what the plan says, which
+            may take to it where nothing else fits, and False nothing. Not together with `rematerialize`.
         compile: "stage" lets torch.compile make one piece of each part of the model that is on one device; a mapping
             does so with these arguments of torch.compile, such as {"mode": "max-autotune"}. Names of modules stay as
             they are. The plan counts seconds of uncompiled parts.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from types import FunctionType
 from typing import Any
 
 
@@ -12,8 +10,8 @@ class Replaceable:
     """Decorates a method that does more than the method of the host's class that it takes the place of.
 
     Tests of users, and Lightning's own, watch a run with `mock.patch.object(Strategy, "backward",
-    wraps=trainer.strategy.backward)`, and ask `trainer.strategy.backward` how often it was called. So what is no
-    function but stands for that of the host (a mock) is what anybody gets; what it wraps is this method.
+    wraps=trainer.strategy.backward)`, and ask `trainer.strategy.backward` how often it was called. So what
+    becomes no method but stands for that of the host (a mock) is what anybody gets; what it wraps is this method.
 
     Args:
         method: The method.
@@ -30,13 +28,19 @@ class Replaceable:
         if instance is None:
             return self._method
         above = _above(type(instance), self._owner, self._name)
-        return self._method.__get__(instance, owner) if isinstance(above, FunctionType) else above
+        return self._method.__get__(instance, owner) if _is_method(above) else above
 
 
 def replaced(owner: type, instance: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """What `super().name` is in a method of `owner` that is `Replaceable`; `original` where that is a mock."""
     above = _above(type(instance), owner, name)
-    return partial(above if isinstance(above, FunctionType) else original, instance)
+    bound: Callable[..., Any] = (above if _is_method(above) else original).__get__(instance, type(instance))
+    return bound
+
+
+def _is_method(value: Any) -> bool:
+    """Whether it becomes a method of an object whose class has it: functions do, and what tracers put around them."""
+    return hasattr(type(value), "__get__")
 
 
 def _above(cls: type, owner: type, name: str) -> Any:

@@ -28,6 +28,7 @@ class Terms:
         micro_batches: How many parts a batch is cut into; None leaves it to the plan.
         schedules: Ways to run that a plan may choose from, see `Problem`.
         rematerialize: Whether forwards run again in the backward; None leaves it to the plan.
+        may_checkpoint: Whether a plan may take to activation checkpointing where nothing else fits.
         defers_batch_norm: Whether micro-batches may be normalised by their own mean and variance.
         constraints: Rules for every policy.
         objective: What to minimise, see `Problem`.
@@ -37,6 +38,7 @@ class Terms:
     micro_batches: int | None = None
     schedules: tuple[str, ...] = (WHOLE, FORWARD)
     rematerialize: bool | None = False
+    may_checkpoint: bool = False
     defers_batch_norm: bool = False
     constraints: Constraints = field(default_factory=Constraints)
     objective: str = "step_time"
@@ -162,6 +164,7 @@ class Planning:
             micro_batches=self.terms.micro_batches,
             schedules=self.terms.schedules,
             rematerialize=self.terms.rematerialize,
+            may_checkpoint=self.terms.may_checkpoint,
             defers_batch_norm=self.terms.defers_batch_norm,
             constraints=self.terms.constraints,
             objective=self.terms.objective,
@@ -217,6 +220,7 @@ class FromFilePolicy:
         return Placement(
             device_of=device_of,
             shares_of=self.saved.shares_of,
+            checkpointed=self.saved.checkpointed,
             notes=("The placement was read from a plan file.",),
             execution=execution,
         )

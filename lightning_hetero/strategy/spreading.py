@@ -20,6 +20,7 @@ from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
 from lightning_hetero.strategy.activation_checkpointing import ActivationCheckpointing
 from lightning_hetero.strategy.compilation import compiler_options
+from lightning_hetero.strategy.console import show_messages
 from lightning_hetero.strategy.options import (
     as_constraints,
     as_policy,
@@ -77,6 +78,7 @@ class SpreadingCore:
         around: Callable[[], Sequence[Hashable]] = tuple,
     ) -> None:
         """Read what users wrote; see the strategies for what it means."""
+        show_messages()
         self._devices = devices
         self._policy = as_policy(placement)
         self._memory: Mapping[str, Any] = dict(memory or {})
@@ -86,14 +88,13 @@ class SpreadingCore:
             micro_batches=number_of_micro_batches(micro_batches),
             schedules=schedules,
             rematerialize=yes_no_or_auto("rematerialize", rematerialize),
+            may_checkpoint=activation_checkpointing in (None, True) and compile is None and rematerialize is not True,
             defers_batch_norm=batch_norm == "defer",
             constraints=as_constraints(constraints),
             objective=one_of("objective", objective, OBJECTIVES),
             time_limit_s=positive_seconds("planning_limit_s", planning_limit_s),
         )
-        self._checkpointing = ActivationCheckpointing.of(
-            activation_checkpointing, self._plan_file, self._terms.rematerialize
-        )
+        self._checkpointing = ActivationCheckpointing.of(activation_checkpointing, self._terms.rematerialize)
         self._pipelining = Pipelining(
             defers_batch_norm=one_of("batch_norm", batch_norm, ("whole", "defer")) == "defer",
             hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_hetero.plan import Plan
+from lightning_hetero.plan.explain import format_seconds
 from lightning_hetero.profile.clock import synchronize
 from lightning_hetero.runtime.engine.stepper import Look, look_away
 from lightning_hetero.strategy.trial import Trial
@@ -122,10 +123,9 @@ class Watch:
             plan = replace(plan, notes=(*plan.notes, words))
             if plan.forecast is not None and abs(winner.typical_s / plan.forecast.step_s - 1) > FAR_OFF:
                 log.warning(
-                    "a step takes %.4g s, predicted were %.4g s; "
-                    "the data loader, callbacks and loggers are not predicted",
-                    winner.typical_s,
-                    plan.forecast.step_s,
+                    "a step takes %s, predicted were %s; the data loader, callbacks and loggers are not predicted",
+                    format_seconds(winner.typical_s),
+                    format_seconds(plan.forecast.step_s),
                 )
         self._present = plan
         self.decided(plan)

@@ -66,18 +66,22 @@ class Watchdog:
                 raise error
             if callable(before):
                 before(number, frame)
+            elif before == signal.SIG_DFL:  # which ends the program
+                signal.signal(signal.SIGINT, before)
+                signal.raise_signal(number)
 
         self._doing, self._limit_s = doing, self._timeout_s + more_s
-        signal.signal(signal.SIGINT, interrupted)
-        self._deadline_s = monotonic() + self._limit_s
         try:
+            signal.signal(signal.SIGINT, interrupted)
+            self._deadline_s = monotonic() + self._limit_s
             yield
         finally:
             try:
                 with self._lock:  # in which the signal may come
                     self._deadline_s = float("inf")
             finally:
-                signal.signal(signal.SIGINT, before)
+                if signal.getsignal(signal.SIGINT) is interrupted:  # and not what user code has set in the block
+                    signal.signal(signal.SIGINT, before)
 
     def _look(self) -> None:
         while not self._is_over.wait(min(1.0, self._timeout_s / 8)):

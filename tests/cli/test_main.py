@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +106,20 @@ def test_a_reader_that_has_gone_is_no_error(line: str, codes: set[int]) -> None:
         )
     assert ran.stderr == ""
     assert ran.returncode in codes
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full, of Linux")
+@pytest.mark.parametrize("line", ["devices --devices cpu", "plan experiment=digits format=json"])
+def test_a_full_disk_is_said_without_a_traceback(line: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "lightning_hetero.cli", *line.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert ran.returncode == 1
+    assert "No space left on device; make room, or write to another place" in ran.stderr
+    assert "Traceback" not in ran.stderr

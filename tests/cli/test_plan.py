@@ -134,3 +134,85 @@ def test_costs_that_were_lost_or_damaged_are_refused(command: Command, saved: Pa
     refused = command("simulate", f"plan={saved}")
     assert refused.code == 1
     assert "plan.costs.json" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda costs: costs.pop("graph"), "KeyError: 'graph'"),
+        (lambda costs: costs.update(graph=[]), "TypeError"),
+        (lambda costs: costs["graph"]["units"][0].update(surprise=1), "surprise"),
+        (lambda costs: costs["graph"]["units"][0].update(aliases=3), "TypeError"),
+        (lambda costs: costs["inventory"].clear(), "devices"),
+        (lambda costs: costs["workload"].clear(), "units"),
+    ],
+)
+def test_costs_with_wrong_content_are_refused_by_name(
+    command: Command, saved: Path, damage: Callable[[dict[str, Any]], object], complaint: str
+) -> None:
+    path = saved.with_name("plan.costs.json")
+    costs = json.loads(path.read_text())
+    damage(costs)
+    path.write_text(json.dumps(costs))
+    refused = command("simulate", f"plan={saved}")
+
+    assert refused.code == 1
+    assert f"{str(path)!r} is damaged (" in refused.err
+    assert complaint in refused.err
+    assert "make the plan again" in refused.err
+
+
+def test_costs_that_are_no_text_are_refused(command: Command, saved: Path) -> None:
+    saved.with_name("plan.costs.json").write_bytes(b"\x86\xff\x00")
+    refused = command("simulate", f"plan={saved}")
+
+    assert refused.code == 1
+    assert "plan.costs.json' is not valid JSON" in refused.err
+
+
+def test_a_plan_with_a_unit_that_its_model_lacks_is_refused(command: Command, saved: Path) -> None:
+    plan = json.loads(saved.read_text())
+    plan["stages"][0]["units"].append("nope")
+    saved.write_text(json.dumps(plan))
+    refused = command("simulate", f"plan={saved}")
+
+    assert refused.code == 1
+    assert "the plan places 'nope', which is no unit of this model" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("plan", "save=3"), "save=3 is not a text; write for example save=plan.json"),
+        (("plan", "output=[a]"), "output=['a'] is not a text"),
+        (("plan", "save=missing/p.json"), "'missing/p.json' cannot be written: there is no folder 'missing'"),
+        (("plan", "rows=true"), "rows=True must be a whole number"),
+        (("plan", "measure=perhaps"), "measure='perhaps' must be true or false"),
+        (("plan", "placement.time_limit_s=-1"), "placement.time_limit_s=-1.0 must be a number of seconds above 0"),
+        (("plan", "devices=null"), "devices=null is no file of the group 'devices'"),
+        (("simulate", "plan=3"), "plan=3 is not a text; write for example plan=plan.json"),
+        (("simulate", "plan=null"), "no plan is given"),
+        (("simulate", "plan=plan.json", "output=3"), "output=3 is not a text"),
+        (
+            ("simulate", "plan=plan.json", "output=missing/x"),
+            "'missing/x' cannot be written: there is no folder 'missing'; make it, or choose",
+        ),
+        (("compare", "output=missing/x"), "'missing/x' cannot be written: there"),  # before anything is measured
+    ],
+)
+def test_a_key_with_a_value_that_cannot_be_is_refused_before_the_work(
+    command: Command, words: tuple[str, ...], complaint: str
+) -> None:
+    refused = command(*words)
+
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err.startswith(f"lightning-hetero {words[0]}: {complaint}")
+    assert "Traceback" not in refused.err
+
+
+def test_devices_of_a_file_are_named_and_not_spelt_out(command: Command, saved: Path) -> None:
+    shown = command("simulate", f"plan={saved}", "devices=emulated")
+
+    assert shown.code == 0, shown.err
+    assert "devices emulated:0, emulated:1, emulated:2" in shown.out
+    assert "'kind'" not in shown.out

@@ -171,3 +171,19 @@ def test_a_switched_off_registration_is_told(command: Command, monkeypatch: pyte
     outcome = command("run", "script.py")
     assert outcome.code == 2
     assert "LIGHTNING_HETERO_AUTOREGISTER=0 hides the strategy 'hetero' from Lightning; unset it" in outcome.err
+
+
+def test_a_folder_without_a_main_program_is_refused(command: Command) -> None:
+    Path("folder").mkdir()
+    refused = command("run", "folder")
+
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == "lightning-hetero run: 'folder' is a folder without a __main__.py; name the file to run\n"
+
+
+def test_a_folder_with_a_main_program_runs_as_under_python(command: Command) -> None:
+    Path("folder").mkdir()
+    Path("folder", "__main__.py").write_text("print(__name__)")
+    ran = command("run", "folder")
+
+    assert (ran.code, ran.out) == (0, "__main__\n")

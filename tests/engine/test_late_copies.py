@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -298,3 +299,32 @@ def test_what_was_touched_is_not_fresh(accelerator: EmulatedAccelerator, late: L
     first.add_(1)
     assert fresh.ready([first]) is None
     assert fresh.ready([second]) is made_at
+
+
+def test_what_is_copied_to_another_accelerator_is_not_let_go_before_its_own_stream_waits(
+    accelerator: EmulatedAccelerator, late: LateStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd adds to a gradient in place as soon as nobody else has it, on the stream that it was made on."""
+    first, second = map(torch.device, accelerator.devices[:2])
+    tensor = torch.ones(3, device=first)
+    seen: list[tuple[torch.device, bool]] = []
+
+    class Asked(Now):
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def wait_event(self, event: Event) -> None:
+            seen.append((self.device, alive() is not None))
+            super().wait_event(event)
+
+    monkeypatch.setattr(late, "current", Asked)
+    alive = weakref.ref(tensor)
+    arriving = send([tensor], [second])
+    del tensor
+    seen.clear()
+    arriving.take()
+    assert seen == [(second, True), (first, True)]
+    for stream in list(late._streams.values()):  # the fake has the tensor until it has copied it
+        stream.close()
+    late._streams.clear()
+    assert alive() is None

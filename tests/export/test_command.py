@@ -111,6 +111,8 @@ def test_a_plan_for_deployment_becomes_a_chain_for_its_devices(
         ([CLASS, "inputs=2x1x8x8", "targets=onyx"], "unknown target 'onyx'. Did you mean 'onnx'?"),
         ([CLASS, "plan=x.json", "placement={*: cpu}"], "plan and placement both say where to cut"),
         ([CLASS, "checkpoint=nowhere.ckpt"], "checkpoint=nowhere.ckpt: there is no such file"),
+        ([CLASS, "module=3"], "module=3 is not a text; write for example module=my_project.MyModel"),
+        ([CLASS, f"checkpoint={__file__}"], f"checkpoint={__file__} does not open as a DigitsCNN: "),
         (
             ["module=lightning_hetero.demos.stdlib_lm.TinyGPT", "inputs=2x8:int64"],
             "checkpoint={checkpoint} does not open as a TinyGPT: ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from lightning_utilities.core.rank_zero import rank_zero_only
+from tqdm import tqdm
 
 from lightning_hetero.strategy.console import NAME, Console, show_messages
 
@@ -41,7 +43,7 @@ def test_a_plain_program_is_told_why_the_plan_uses_one_device(run_python: RunPyt
 def test_what_the_program_configured_holds(before: str, run_python: RunPython) -> None:
     done = run_python("-W", "ignore", "-c", PROGRAM.format(before=before), HETERO_DEVICES="cpu")
     assert done.returncode == 0, done.stderr
-    assert "hetero: " not in done.stderr
+    assert ON_ONE_DEVICE.removeprefix("hetero: ") not in done.stderr
 
 
 def test_who_reads_the_root_logger_reads_it_once(run_python: RunPython) -> None:
@@ -80,6 +82,28 @@ def test_it_writes_to_the_stderr_of_the_moment_and_survives_a_closed_one(monkeyp
     monkeypatch.setattr(sys, "stderr", Closed())
     monkeypatch.setattr(logging, "raiseExceptions", False)
     Console().handle(logging.LogRecord(NAME, logging.WARNING, __file__, 1, "text", (), None))
+
+
+def test_a_message_has_a_line_of_its_own_beside_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_handlers(monkeypatch)
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with tqdm(total=2, file=sys.stdout) as bar:
+        bar.update()
+        Console().handle(logging.LogRecord(NAME, logging.WARNING, __file__, 1, "text", (), None))
+    lines = [line.rpartition("\r")[2] for line in terminal.getvalue().splitlines()]
+    assert "text" in lines
+
+
+@pytest.mark.parametrize(("level", "expected"), [(logging.WARNING, logging.INFO), (logging.DEBUG, logging.DEBUG)])
+def test_who_wants_every_message_gets_it(level: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_handlers(monkeypatch)
+    logger = logging.getLogger(NAME)
+    monkeypatch.setattr(logging.getLogger(), "level", level)
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    show_messages()
+    assert logger.getEffectiveLevel() == expected
 
 
 def test_it_is_attached_once() -> None:

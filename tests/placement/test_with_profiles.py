@@ -117,7 +117,17 @@ def test_a_plan_fits_and_respects_all_constraints(measured: Measured, name: str,
         check_constraints(device_of, problem)
     prediction = predicted(problem, plan.device_of, plan.execution, plan.shares_of)
     assert prediction.fits
-    assert plan.forecast == prediction.forecast
+    assert plan.forecast is not None
+    assert replace(plan.forecast, stages=()) == prediction.forecast
+    for device in prediction.timeline.devices:
+        work = prediction.timeline.work_of(device)
+        computed_s = sum(span.duration_s for span in work if span.stage is not None)
+        stages = [stage for stage in plan.forecast.stages if stage.device == device]
+        work_s = sum(stage.forward_s + stage.backward_s for stage in stages)
+        if plan.execution.schedule in ("whole", "forward"):
+            assert work_s == pytest.approx(computed_s)
+        else:  # there, what the ends of the pipeline exchange with the root is a part of their work
+            assert work_s <= computed_s * (1 + 1e-9)
     assert plan.objective == problem.objective
     allowed = executions(problem, problem.profile.rows if problem.profile else 1)
     if plan.shares_of:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from lightning_hetero.errors import TargetError, UsageError
@@ -130,6 +132,19 @@ def test_an_unknown_theme_is_refused() -> None:
 @pytest.mark.parametrize("paints", [OPS, MEMORY])
 def test_things_that_share_a_colour_have_another_hatch(paints: dict[str, Any]) -> None:
     assert len({(paint.colour, paint.hatch) for paint in paints.values()}) == len(paints)
+
+
+@pytest.mark.parametrize("paints", [OPS, MEMORY])
+def test_things_that_are_as_bright_as_each_other_have_another_hatch(paints: dict[str, Any]) -> None:
+    for first, second in combinations(paints.values(), 2):
+        if first.hatch == second.hatch:
+            assert abs(luminance(first.colour) - luminance(second.colour)) > 0.1, (first.label, second.label)
+
+
+def luminance(colour: str) -> float:
+    """What is left of a colour in a print without colours, from 0 to 1 (WCAG 2.1)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

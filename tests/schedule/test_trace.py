@@ -27,8 +27,8 @@ def test_a_span_is_a_complete_event_in_microseconds_from_the_first_start() -> No
         "ph": "X",
         "name": "0F3",
         "cat": "F",
-        "pid": 0,
-        "tid": 0,
+        "pid": 1,
+        "tid": 1,
         "ts": 0.0,
         "dur": 250_000.0,
         "args": {"stage": 0, "micro_batch": 3},
@@ -41,15 +41,15 @@ def test_transfers_that_overlap_get_rows_of_their_own() -> None:
     names = {event["tid"]: event["args"]["name"] for event in found if event["name"] == "thread_name"}
     assert list(names.values()) == ["cuda:0", "cuda:1", "cuda:1 transfer", "cuda:1 transfer"]
     rows = [event["tid"] for event in found if event["ph"] == "X" and event["cat"] == TRANSFER]
-    assert sorted(rows) == [2, 2, 3]
+    assert sorted(rows) == [3, 3, 4]
 
 
 def test_predicted_and_measured_stand_one_below_the_other_each_from_its_own_start() -> None:
     measured = Timeline((Span(device="cuda:0", op="F", stage=0, micro_batch=3, start_s=7.0, duration_s=0.5),))
     found = events(predicted=Timeline((FORWARD,)), measured=measured)
     titles = {event["pid"]: event["args"]["name"] for event in found if event["name"] == "process_name"}
-    assert titles == {0: "predicted", 1: "measured"}
-    assert [(event["pid"], event["ts"]) for event in found if event["ph"] == "X"] == [(0, 0.0), (1, 0.0)]
+    assert titles == {1: "predicted", 2: "measured"}
+    assert [(event["pid"], event["ts"]) for event in found if event["ph"] == "X"] == [(1, 0.0), (2, 0.0)]
 
 
 def test_no_timeline_is_an_empty_trace() -> None:

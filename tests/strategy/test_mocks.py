@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -66,4 +67,29 @@ def test_functions_in_the_place_of_lightnings_and_methods_of_subclasses_run_too(
         trainer = pl.Trainer(strategy=chosen, max_steps=2, logger=False, enable_checkpointing=False)
         trainer.fit(spread, data())
     assert calls == ["own", "patched"] * 2
+    assert difference(alone, spread) <= 1e-12
+
+
+class Traced:
+    """What tracers put in the place of a method: no function, but it becomes a method as one does."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.calls = 0
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else partial(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+def test_a_tracer_around_lightnings_method_sees_each_call_and_changes_nothing(plain: Any, hetero: Any) -> None:
+    alone, spread = Classifier(), Classifier()
+    plain(max_steps=3).fit(alone, data())
+    traced = Traced(Strategy.backward)
+    with mock.patch.object(Strategy, "backward", traced):
+        hetero(max_steps=3).fit(spread, data())
+    assert traced.calls == 3
     assert difference(alone, spread) <= 1e-12

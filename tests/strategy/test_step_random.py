@@ -107,7 +107,7 @@ def nothing(model: Model, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("step", "first"),
-    [*itertools.product((whole, units_only, nothing), (None, 0, 1, 2)), (without_gradients, None)],
+    list(itertools.product((whole, units_only, without_gradients, nothing), (None, 0, 1, 2))),
 )
 def test_the_first_step_has_the_numbers_of_the_next_one(
     step: Step, first: int | None, hetero: Any, accelerator: EmulatedAccelerator, caplog: pytest.LogCaptureFixture

@@ -173,6 +173,8 @@ def test_attributes_that_a_step_sets_are_its_own_and_the_last_ones_stay(plain: A
         ("self.count = getattr(self, 'count', 0) + 1; loss = loss * self.count",
          "self.count goes from one batch to the next"),
         ("self.seen.append(len(x)); loss = loss * len(self.seen)", "the content of self.seen is changed"),
+        ("self.mean.mul_(0.5).add_(loss.detach()); loss = loss * (1 + self.mean)",
+         "the buffer 'mean' of Carries is changed"),
         ("(g,) = torch.autograd.grad(loss, self.net.first.weight, retain_graph=True); loss = loss + g.sum().detach()",
          "it computes gradients itself"),
     ],
@@ -184,6 +186,7 @@ def test_what_goes_from_one_micro_batch_to_the_next_goes_in_order(
         def __init__(self) -> None:
             super().__init__()
             self.seen: list[int] = []
+            self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             x, y = batch
@@ -200,14 +203,22 @@ def test_what_goes_from_one_micro_batch_to_the_next_goes_in_order(
 
 @pytest.mark.parametrize(
     "code",
-    ["self.count = getattr(self, 'count', 0) + 1", "self.seen.append(len(x))", "del self.flag; self.flag = 1"],
+    [
+        "self.count = getattr(self, 'count', 0) + 1",
+        "self.seen.append(len(x))",
+        "self.last[0] = len(x)",
+        "self.mean.add_(1)",
+        "del self.flag; self.flag = 1",
+    ],
 )
 def test_state_that_appears_later_is_refused_not_mixed_up(code: str, hetero: Any) -> None:
     class Later(Quiet):
         def __init__(self) -> None:
             super().__init__()
             self.seen: list[int] = []
+            self.last = [0]
             self.flag = 0
+            self.register_buffer("mean", torch.zeros(()))
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             x, y = batch

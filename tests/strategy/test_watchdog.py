@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pdb
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -51,6 +53,34 @@ def test_ctrl_c_stays_what_it_is(watchdog: Watchdog, monkeypatch: pytest.MonkeyP
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_that_is_set_within_the_block_stays(watchdog: Watchdog) -> None:
+    def handler(*_: object) -> None:
+        raise KeyboardInterrupt("mine")
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with watchdog.over("a step"):
+            signal.signal(signal.SIGINT, handler)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process ends by a signal on POSIX only")
+def test_ctrl_c_ends_a_program_that_left_it_to_the_system(run_python: Callable[..., Any]) -> None:
+    program = """
+import signal
+from lightning_hetero.strategy.watchdog import Watchdog
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+with Watchdog(60.0).over("a step"):
+    signal.raise_signal(signal.SIGINT)
+print("still here")
+"""
+    done = run_python("-c", program)
+    assert done.returncode == -signal.SIGINT
+    assert "still here" not in done.stdout
 
 
 def test_a_debugger_has_all_the_time_in_the_world(watchdog: Watchdog) -> None:

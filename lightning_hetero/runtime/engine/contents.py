@@ -29,7 +29,7 @@ _FOREIGN = frozenset(
     }
 )
 _CLOSED = (type, nn.Module, Dataset, DataLoader, str, bytes, int, float, complex, type(None))
-_LARGE = 64
+LARGE = 64
 _MOST_THINGS = 20_000
 _MOST_BYTES = 64 << 20  # of a tensor or array inside of something else that is copied
 
@@ -117,7 +117,7 @@ def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
     if isinstance(value, Tensor):
         before, clone = kept
         return version(value) == before if quickly or clone is None else equal(value, clone)
-    if isinstance(value, CONTAINERS) and (len(value) != len(kept) or (quickly and len(kept) > _LARGE)):
+    if isinstance(value, CONTAINERS) and (len(value) != len(kept) or (quickly and len(kept) > LARGE)):
         return len(value) == len(kept)
     if isinstance(value, dict):
         return dict.keys(value) == kept.keys() and all(dict.__getitem__(value, key) is kept[key] for key in kept)

@@ -204,6 +204,11 @@ class Engine:
         chains = (link for link in links if isinstance(link, ChainUnit))
         return {unit.name: unit.stage for unit in (*self._units, *chains)}
 
+    @property
+    def in_units(self) -> set[int]:
+        """`id` of all modules that workers run."""
+        return {id(part) for unit in self._units for module in unit.parts for part in module.modules()}
+
     def split(self, rows: int) -> list[int]:
         """Rows of each micro-batch of a batch."""
         return split_rows(rows, self.micro_batches, self.weights)

@@ -6,11 +6,12 @@ So a step that is a rehearsal has the numbers of any other step, and a run that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
+from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.state import saves_otherwise, stays_in_its_thread
 from lightning_hetero.runtime.engine.streams import Generator, Generators, derive
 
@@ -62,7 +63,9 @@ class InTurn:
         try:
             if is_call and not saves_otherwise():
                 seed = derive(self._seed, self._index, 1 + number)
-                with _seeded(self._generators.of[unit.worker.torch_device], seed):
+                # Without a graph nothing will run again, so nobody has to make a seed for that.
+                nothing_again = nullcontext() if torch.is_grad_enabled() else frames.random_numbers_arranged()
+                with _seeded(self._generators.of[unit.worker.torch_device], seed), nothing_again:
                     yield
             else:
                 yield

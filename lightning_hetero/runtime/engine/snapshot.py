@@ -147,14 +147,15 @@ class Snapshot:
                 return f"changes the attribute {thing.key!r} of {thing.module}"
         return None
 
-    def change_below(self, ignored: Container[int]) -> str | None:
-        """What was changed in modules below the root and inside attributes of the root; nothing is put back.
+    def change_below(self, ignored: Container[int], in_order: Container[int] = ()) -> str | None:
+        """What was changed in modules below the root, in buffers and inside attributes; nothing is put back.
 
         Args:
             ignored: `id` of modules that are not looked at.
+            in_order: `id` of modules that micro-batches use one after the other, so their buffers may change.
 
         Returns:
-            Words that follow "because"; None if nothing was changed. Buffers are not looked at.
+            Words that follow "because"; None if nothing was changed.
         """
         names = {_called(name, module) for name, module in self.modules if id(module) in ignored}
         for depth, ((name, module), attributes) in enumerate(zip(self.modules, self._attributes, strict=True)):
@@ -169,6 +170,10 @@ class Snapshot:
             if thing.module not in names and not contents.is_same(thing.value, thing.content):
                 owner = "self" if thing.module == _called(*self.modules[0]) else thing.module
                 return f"the content of {owner}.{thing.key} is changed"
+        names |= {_called(name, module) for name, module in self.modules if id(module) in in_order}
+        for thing in self._buffers:
+            if thing.module not in names and not contents.is_same(thing.value, thing.content):
+                return f"the buffer {thing.key!r} of {thing.module} is changed"
         return None
 
     def _look_inside(self) -> None:

@@ -229,7 +229,8 @@ class Stepper:
         watch.end()
         if not watch.any:
             torch.set_rng_state(before)  # the seed was not needed, and no step to come draws one
-        reason = self._reason(step, watch, calls, others) or snapshot.change_below(ignored=self._gated)
+        reason = self._reason(step, watch, calls, others)
+        reason = reason or snapshot.change_below(ignored=self._gated, in_order=self._engine.in_units)
         for unit in watch.units:
             unit.draws = True
         if reason is not None:

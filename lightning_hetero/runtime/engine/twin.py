@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_hetero.runtime.engine.contents import CONTAINERS
+from lightning_hetero.runtime.engine.contents import CONTAINERS, LARGE, content, is_same, version
 
 # Kept by torch, and the same objects for all twins.
 _SHARED = frozenset({"_parameters", "_buffers", "_modules"})
@@ -89,19 +89,31 @@ def handed_on(uses: Sequence[Uses]) -> str | None:
 
 
 class Contents:
-    """Sizes of the lists and the like that a module has, and all its twins with it.
+    """What is in the lists and the like, tensors and buffers that a module has, and all its twins with it.
 
     Args:
         module: The module.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._sizes = [
-            (name, value, len(value))
-            for name, value in module.__dict__.items()
-            if name not in _SHARED and isinstance(value, CONTAINERS)
+        own = [*(item for item in module.__dict__.items() if item[0] not in _SHARED), *module._buffers.items()]
+        self._before = [
+            (name, value, _within(value)) for name, value in own if isinstance(value, (Tensor, *CONTAINERS))
         ]
 
     def changed(self) -> str | None:
-        """Name of one that has another size now."""
-        return next((name for name, value, size in self._sizes if len(value) != size), None)
+        """Name of one that is not as it was; None if all are."""
+        return next((name for name, value, before in self._before if not _is_as(value, before)), None)
+
+
+def _within(value: Any) -> Any:
+    """What is in it, without a look at every item of a large one: this is done for each step."""
+    if isinstance(value, Tensor):
+        return version(value)
+    return content(value, may_be_large=True) if len(value) <= LARGE else len(value)
+
+
+def _is_as(value: Any, before: Any) -> bool:
+    if isinstance(before, int):
+        return before == (version(value) if isinstance(value, Tensor) else len(value))
+    return is_same(value, before)
