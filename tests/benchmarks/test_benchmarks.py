@@ -77,8 +77,10 @@ FIGURES = {
     "prediction.py": {
         "emulated_step_error",
         "emulated_rank",
+        "emulated_noise",
         "accelerator_step_error",
         "accelerator_rank",
+        "accelerator_noise",
         "memory_error",
         "memory_worst",
         "memory_too_bright",
