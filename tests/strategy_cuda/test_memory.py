@@ -111,7 +111,7 @@ WEIGHTS, ACTIVATIONS = (8, 8), (4, 256)  # layers and rows
             *("half", WEIGHTS, 4),
             marks=pytest.mark.xfail(
                 strict=False,
-                reason="how many gradients of a weight wait at once is a matter of timing: 14.7 MiB predicted, 16.0 found",
+                reason="how many gradients of a weight wait at once depends on timing: 14.7 MiB predicted, 16.0 found",
             ),
         ),
         ("half", ACTIVATIONS, 1),
