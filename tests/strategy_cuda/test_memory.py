@@ -103,25 +103,20 @@ WEIGHTS, ACTIVATIONS = (8, 8), (4, 256)  # layers and rows
 
 
 @pytest.mark.parametrize(
-    ("where", "shape", "micro_batches"),
+    ("where", "shape", "micro_batches", "waiting"),
     [
-        ("alone", WEIGHTS, 1),
-        ("alone", ACTIVATIONS, 1),
-        pytest.param(
-            *("half", WEIGHTS, 4),
-            marks=pytest.mark.xfail(
-                strict=False,
-                reason="how many gradients of a weight wait at once depends on timing: 14.7 MiB predicted, 16.0 found",
-            ),
-        ),
-        ("half", ACTIVATIONS, 1),
-        ("half", ACTIVATIONS, 4),
+        ("alone", WEIGHTS, 1, 0),
+        ("alone", ACTIVATIONS, 1, 0),
+        # One more gradient of each layer may wait than predicted, a matter of timing: 14.7 MiB were, 16.0 found.
+        ("half", WEIGHTS, 4, 1),
+        ("half", ACTIVATIONS, 1, 0),
+        ("half", ACTIVATIONS, 4, 0),
     ],
 )
 def test_the_peak_is_what_the_plan_says(
-    where: str, shape: tuple[int, int], micro_batches: int, gpu: Any, over: Any
+    where: str, shape: tuple[int, int], micro_batches: int, waiting: int, gpu: Any, over: Any
 ) -> None:
-    """Never too little; and a tenth too much, or gradients of the batch before, where nothing is split.
+    """Not too little; and a tenth too much, or gradients of the batch before, where nothing is split.
 
     Split plans may be predicted higher: 9 MiB were, where 7 are found.
     """
@@ -129,9 +124,10 @@ def test_the_peak_is_what_the_plan_says(
     rest = {f"net.{index}": "cpu" for index in range(layers // 2, layers)} if where == "half" else {}
     found, predicted = found_and_predicted(gpu, over, layers, rows, {**rest, "": gpu.name}, micro_batches)
     told = f"predicted {predicted / MIB:.2f} MiB, found {found / MIB:.2f} MiB on {gpu.name}"
-    assert found <= predicted + SMALL_BYTES + (WORKSPACE_BYTES if gpu.is_real else 0), told
+    gradients = (layers - len(rest)) * WIDTH * WIDTH * 8
+    small = SMALL_BYTES + (WORKSPACE_BYTES if gpu.is_real else 0)
+    assert found <= predicted + waiting * gradients + small, told
     if where == "alone":
-        gradients = (layers - len(rest)) * WIDTH * WIDTH * 8
         assert predicted <= 1.1 * found + gradients + SMALL_BYTES, told
 
 

@@ -26,6 +26,19 @@ class Quiet(Classifier):
         return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
+class Recorded(Classifier):
+    """Records its fifth step."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            self.block = self.trainer.strategy.recording()
+            self.recording = self.block.__enter__()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            self.block.__exit__(None, None, None)
+
+
 def rows_of(folder: Path) -> list[dict[str, str]]:
     with next(folder.rglob("metrics.csv")).open() as file:
         return [*csv.DictReader(file)]
@@ -85,17 +98,7 @@ def test_the_table_of_layers_says_where_they_are(
 
 
 def test_a_recording_tells_which_device_did_what(places: list[str], over: Any) -> None:
-    class Records(Classifier):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 4:
-                self.block = self.trainer.strategy.recording()
-                self.recording = self.block.__enter__()
-
-        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 4:
-                self.block.__exit__(None, None, None)
-
-    model = Records()
+    model = Recorded()
     trainer = over(places, strategy={"micro_batches": 4}, max_epochs=1)
     trainer.fit(model, data())
     records = model.recording.records
@@ -111,21 +114,8 @@ def test_a_recording_has_the_time_of_kernels_and_not_that_of_their_launch(over: 
             torch.cuda._sleep(20_000_000)  # 10 ms at 2 GHz
             return super().forward(x)
 
-    class Records(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net.second = Long(16, 16).double()
-
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 4:
-                self.block = self.trainer.strategy.recording()
-                self.recording = self.block.__enter__()
-
-        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 4:
-                self.block.__exit__(None, None, None)
-
-    model = Records()
+    model = Recorded()
+    model.net.second = Long(16, 16).double()
     strategy = {"micro_batches": 2, "placement": {"net.second": "cuda:0", "": "cpu"}}
     over(["cpu", "cuda:0"], strategy=strategy, max_epochs=1).fit(model, data())
     took_s = [r.end_s - r.start_s for r in model.recording.records if r.device == "cuda:0" and r.op == "F"]
