@@ -230,9 +230,15 @@ def _plan(cls: type[Plan], data: Mapping[str, Any]) -> Plan:
     if extra:
         raise PlanFileError(f"the plan has an unknown field {extra[0]!r}; it was edited or is damaged")
     try:
-        return read_record(cls, record, optional=LATER_FIELDS, readers={"devices": _devices})
+        plan = read_record(cls, record, optional=LATER_FIELDS, readers={"devices": _devices})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise PlanFileError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+    known = {device.name for device in plan.devices}
+    named = [name for stage in plan.stages for name in (stage.device, *(share.device for share in stage.shares))]
+    strange = next((name for name in named if name not in known), None)
+    if strange is not None:
+        raise PlanFileError(f"the plan is damaged: a stage stands on {strange!r}, which is not among its devices")
+    return plan
 
 
 def _devices(data: object) -> tuple[DeviceSpec, ...]:

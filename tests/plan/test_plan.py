@@ -69,6 +69,7 @@ def changed(**fields: Any) -> str:
         (changed(version="1"), r"version must be a whole number from 1 to 1, got '1'"),
         (changed(surprise=1), r"unknown field 'surprise'"),
         (changed(stages=[{"device": "a"}]), r"the plan is damaged: KeyError: 'units'"),
+        (changed(devices=[]), r"the plan is damaged: a stage stands on '\w+', which is not among its devices"),
         (changed(stages=[{"device": 1, "units": [], "parameters": 0, "need": {}}]), r"damaged: TypeError"),
         (changed(devices=[{"name": "a"}]), r"the plan is damaged"),
         (json.dumps({k: v for k, v in PLAN.to_dict().items() if k != "notes"}), r"damaged: KeyError: 'notes'"),
