@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 
+from lightning_hetero.cli.arguments import check_arguments
 from lightning_hetero.cli.explain import near
 from lightning_hetero.config import check_groups
 from lightning_hetero.errors import UsageError
@@ -74,6 +75,8 @@ def _prepared(
     from lightning_hetero.cli.step_clock import StepClock  # torch, which --help should not wait for
 
     check_groups(cfg)
+    for group in ("data", "model", "trainer"):
+        check_arguments(group, cfg[group])
     _seed(cfg.seed)
     data: LightningDataModule = instantiate(cfg.data, _convert_="all")
     model: LightningModule = instantiate(cfg.model, _convert_="all")

@@ -15,7 +15,10 @@ from lightning_hetero.errors import PlacementError, UsageError
 from lightning_hetero.plan import Execution, Plan
 from lightning_hetero.plan.explain import format_seconds
 from lightning_hetero.plan.forecast import FORWARD, WHOLE, DeviceForecast
+from lightning_hetero.schedule.rows import split_rows
 from lightning_hetero.simulate import Costs, Prediction, predict
+from lightning_hetero.simulate.predict import as_run as as_run_by
+from lightning_hetero.simulate.route import route
 from lightning_hetero.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -29,13 +32,15 @@ class Outcome:
     """One combination.
 
     Attributes:
-        execution: How the batch runs.
+        execution: How the batch was to run.
+        as_run: How it does: whole, where rows depend on each other, and in no more micro-batches than there are rows.
         devices: What was asked for; None: those of the plan.
         links: Likewise.
         prediction: What it would take.
     """
 
     execution: Execution
+    as_run: Execution
     devices: str | None
     links: str | None
     prediction: Prediction
@@ -43,8 +48,9 @@ class Outcome:
     @property
     def title(self) -> str:
         """The combination in words."""
-        execution = self.execution
-        parts = [f"{execution.schedule}, {execution.micro_batches} micro-batches"]
+        parts = [f"{self.as_run.schedule}, {_counted(self.as_run.micro_batches)}"]
+        asked = self.execution.micro_batches
+        parts += [f"not {asked}"] if asked != self.as_run.micro_batches else []
         parts += [f"devices {self.devices}"] if self.devices else []
         parts += [f"links {self.links}"] if self.links else []
         return ", ".join(parts)
@@ -58,8 +64,9 @@ class Outcome:
         """Cells for people, under `simulate.HEADER`."""
         forecast, full = self.prediction.forecast, self.fullest
         fit = "" if self.prediction.fits else ", does not fit"
+        asked, run = self.execution.micro_batches, self.as_run.micro_batches
         return (
-            str(self.execution.micro_batches),
+            str(asked) if asked == run else f"{asked}, runs as {run}",
             self.devices or "as planned",
             self.links or "as planned",
             format_seconds(forecast.step_s),
@@ -72,6 +79,7 @@ class Outcome:
         """The same as plain JSON types, with the timeline."""
         return {
             "execution": asdict(self.execution),
+            "as_run": asdict(self.as_run),
             "devices": self.devices,
             "links": self.links,
             "fits": self.prediction.fits,
@@ -106,12 +114,20 @@ def _outcome(planned: Planned, request: Any, rate: Any, count: Any) -> Outcome:
         plan.training,
         plan.optimizer_factor,
     )
+    prediction = predict(costs, plan.device_of, execution, plan.shares_of)
+    as_run = as_run_by(costs, route(costs, plan.device_of), execution, plan.shares_of)[0]
+    count = len(split_rows(costs.profile.rows, as_run.micro_batches, as_run.weights))
     return Outcome(
         execution=execution,
+        as_run=replace(as_run, micro_batches=count),
         devices=_in_words(request, inventory),
         links=None if rate is None else str(rate),
-        prediction=predict(costs, plan.device_of, execution, plan.shares_of),
+        prediction=prediction,
     )
+
+
+def _counted(micro_batches: int) -> str:
+    return f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
 
 
 def _in_words(request: Any, inventory: Inventory) -> str | None:

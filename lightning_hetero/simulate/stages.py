@@ -58,7 +58,8 @@ def forecast_stages(costs: Costs, plan: Plan) -> tuple[StageForecast, ...]:
         for device, first, stop, calls in way.route.runs:
             start = of(first, device)
             start.forward_s += overhead_s * calls
-            start.backward_s += overhead_s * calls if costs.training else 0.0
+            if costs.training:  # with rematerialization, the calls of the forward are made once more
+                start.backward_s += overhead_s * calls * (2 if execution.rematerialize else 1)
             for unit in range(first, stop):
                 here, forward_s = of(unit, device), seconds.forward_s[device][unit]
                 here.forward_s += forward_s

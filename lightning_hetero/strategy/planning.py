@@ -276,6 +276,9 @@ def read_plan(path: Path) -> Plan:
     try:
         return Plan.from_json(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanFileError(f"the plan file {str(path)!r} cannot be read: {error}") from error
+        raise PlanFileError(
+            f"the plan file {str(path)!r} cannot be read: {error}. Write one with "
+            "`lightning-hetero plan ... save=FILE`, or leave it out to have a plan made"
+        ) from error
     except PlanFileError as error:
         raise PlanFileError(f"{path}: {error}") from error

@@ -78,13 +78,26 @@ def test_a_saved_plan_is_obeyed_by_a_run(command: Command, saved: Path) -> None:
     assert obeyed.device_of == Plan.from_json(saved.read_text()).device_of
 
 
-def test_a_simulation_needs_the_files_only(command: Command, saved: Path) -> None:
-    shown = command("simulate", f"plan={saved}", "micro_batches=[1,2,4]", "links=[1GB/s,16GB/s]")
+def test_a_simulation_needs_the_files_only(command: Command, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    words = (*SMALL, "model.vocabulary=64", "devices=emulated", "placement=even")
+    assert command("plan", *words, f"save={saved}").code == 0
+    shown = command("simulate", f"plan={saved}", "micro_batches=[1,2,100]", "links=[1GB/s,16GB/s]")
 
     assert shown.code == 0, shown.err
-    rows = re.findall(r"│\s+(\d) │ as planned │ (\S+)\s*│", shown.out)
-    assert rows == [(count, rate) for rate in ("1GB/s", "16GB/s") for count in "124"]
+    rows = re.findall(r"│\s+(\d.*?) │ as planned │ (\S+)\s*│", shown.out)
+    counts = ("1", "2", "100, runs as 4")  # there are four rows
+    assert rows == [(count, rate) for rate in ("1GB/s", "16GB/s") for count in counts]
     assert re.search(r"^emulated:0\s+F0", shown.out, re.MULTILINE)
+
+
+def test_a_simulation_says_that_a_model_whose_rows_depend_on_each_other_runs_whole(
+    command: Command, saved: Path
+) -> None:
+    shown = command("simulate", f"plan={saved}", "micro_batches=4")
+
+    assert shown.code == 0, shown.err
+    assert shown.out.startswith("whole, 1 micro-batch, not 4\n")
 
 
 def test_a_simulation_as_data(command: Command, saved: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from lightning_hetero.errors import HeteroError, InfeasiblePlanError, PlacementError
@@ -100,8 +100,30 @@ def some_placement_is_allowed(problem: Problem) -> bool:
     return False
 
 
+REMATERIALIZED = {
+    "work_s": [0.001, 0.001, 0.001],
+    "speeds": [0.2, 0.2, 0.2],
+    "memory": [1600, 2508, 5016],
+    "rows": 6,
+    "row_bytes": (4.0,),
+    "chained": False,
+    "skips": [],
+    "overhead_s": 0.0005,
+    "bytes_per_s": 1e5,
+    "optimizer_s_per_byte": 0.0,
+    "training": True,
+    "micro_batches": None,
+    "schedules": ("whole", "forward"),
+    "rematerialize": True,
+    "objective": "step_time",
+    "constraints": Constraints(),
+}
+"""Several micro-batches whose forwards, with the runtime's overhead, run again in the backward."""
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @given(arguments=settings_of_problems())
+@example(arguments=REMATERIALIZED)
 @settings(max_examples=60, deadline=None)
 def test_a_plan_fits_and_respects_all_constraints(measured: Measured, name: str, arguments: dict[str, Any]) -> None:
     problem = measured(**arguments)
