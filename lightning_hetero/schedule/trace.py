@@ -11,6 +11,10 @@ from lightning_hetero.schedule.timeline import TRANSFER, Span, Timeline
 
 _Event = dict[str, Any]
 
+# Perfetto rounds times to whole nanoseconds and drops what then overlaps. An eighth of a microsecond is 125 of them,
+# and floating point holds eighths exactly: what ended as the next one began still does.
+_TICKS_PER_US = 8
+
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> str:
     """Write timelines in Chrome's trace event format, one below the other, each from its own start.
@@ -22,7 +26,9 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> str:
     Returns:
         JSON text; times in it are microseconds, as the format wants.
     """
-    threads = itertools.count(1)  # from 1, and each number once: viewers take 0, and what is repeated, for the same
+    # Each number once: viewers take 0, and what is repeated, for the same.
+    # A thread with the number of its process is shown as its main one.
+    threads = itertools.count(1 + len(timelines))
     events = [event for pid, item in enumerate(timelines.items(), 1) for event in _process(pid, threads, *item)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
@@ -56,13 +62,18 @@ def _said(kind: str, about: dict[str, Any], pid: int, tid: int) -> _Event:
 
 
 def _complete(span: Span, pid: int, tid: int, start_s: float) -> _Event:
+    begins, ends = _ticks(span.start_s - start_s), _ticks(span.end_s - start_s)
     return {
         "ph": "X",
         "name": str(span),
         "cat": span.op,
         "pid": pid,
         "tid": tid,
-        "ts": (span.start_s - start_s) * 1e6,
-        "dur": span.duration_s * 1e6,
+        "ts": begins / _TICKS_PER_US,
+        "dur": (ends - begins) / _TICKS_PER_US,
         "args": {"stage": span.stage, "micro_batch": span.micro_batch},
     }
+
+
+def _ticks(seconds: float) -> int:
+    return round(seconds * 1e6 * _TICKS_PER_US)
