@@ -11,8 +11,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_hetero.strategy.accelerators.lightning_pytorch import HeteroAccelerator
     from lightning_hetero.strategy.lightning_fabric import FabricStrategy
-    from lightning_hetero.strategy.lightning_pytorch import HeteroAccelerator, HeteroMonitor, HeteroStrategy
+    from lightning_hetero.strategy.lightning_pytorch import HeteroMonitor, HeteroStrategy
 
 __all__ = ["FabricStrategy", "HeteroAccelerator", "HeteroMonitor", "HeteroStrategy"]
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.plugins.precision.amp import MixedPrecision
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 
-from lightning_hetero._autoload import install
 from lightning_hetero.strategy._compat import fabric_host
-from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
+from lightning_hetero.strategy.accelerators.lightning_fabric import HeteroAccelerator
 from lightning_hetero.strategy.checkpoint_files import CheckpointFilesCore
 from lightning_hetero.strategy.fabric import FabricStrategyCore
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
-
-
-class HeteroAccelerator(HeteroAcceleratorCore, Accelerator):
-    """Devices of any kind, together: `Fabric(accelerator="hetero", devices="cuda:0,cpu", strategy="hetero")`."""
-
-    user = "Fabric"
 
 
 class HeteroMixedPrecision(HeteroMixedPrecisionCore, MixedPrecision):
@@ -36,6 +28,3 @@ class FabricStrategy(FabricStrategyCore, SingleDeviceStrategy):  # noqa: D101
     accelerator_class = HeteroAccelerator
     precision_class = HeteroMixedPrecision
     checkpoint_io_class = HeteroCheckpointIO
-
-
-install()  # completes what `register` had to leave out if the host was imported by this module

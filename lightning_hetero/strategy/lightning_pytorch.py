@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from lightning.pytorch import plugins
-from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_hetero._autoload import install
 from lightning_hetero.strategy._compat import host
-from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
+from lightning_hetero.strategy.accelerators.lightning_pytorch import HeteroAccelerator
 from lightning_hetero.strategy.checkpoint_files import CheckpointFilesCore
 from lightning_hetero.strategy.core import HeteroStrategyCore
 from lightning_hetero.strategy.monitor import HeteroMonitorCore
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
-
-
-class HeteroAccelerator(HeteroAcceleratorCore, Accelerator):
-    """Devices of any kind, together: `Trainer(accelerator="hetero", devices="cuda:0,cpu", strategy="hetero")`."""
 
 
 class MixedPrecision(HeteroMixedPrecisionCore, plugins.MixedPrecision):
@@ -42,6 +36,3 @@ class HeteroStrategy(HeteroStrategyCore, SingleDeviceStrategy):  # noqa: D101
 
 class HeteroMonitor(HeteroMonitorCore, Callback):  # noqa: D101
     __doc__ = HeteroMonitorCore.__doc__
-
-
-install()  # completes what `register` had to leave out if the host was imported by this module

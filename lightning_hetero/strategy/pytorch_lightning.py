@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from pytorch_lightning import plugins
-from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from lightning_hetero._autoload import install
 from lightning_hetero.strategy._compat import host
-from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
+from lightning_hetero.strategy.accelerators.pytorch_lightning import HeteroAccelerator
 from lightning_hetero.strategy.checkpoint_files import CheckpointFilesCore
 from lightning_hetero.strategy.core import HeteroStrategyCore
 from lightning_hetero.strategy.monitor import HeteroMonitorCore
 from lightning_hetero.strategy.precision import HeteroMixedPrecisionCore
-
-
-class HeteroAccelerator(HeteroAcceleratorCore, Accelerator):
-    """Devices of any kind, together: `Trainer(accelerator="hetero", devices="cuda:0,cpu", strategy="hetero")`."""
 
 
 class MixedPrecision(HeteroMixedPrecisionCore, plugins.MixedPrecision):
@@ -42,6 +36,3 @@ class HeteroStrategy(HeteroStrategyCore, SingleDeviceStrategy):  # noqa: D101
 
 class HeteroMonitor(HeteroMonitorCore, Callback):  # noqa: D101
     __doc__ = HeteroMonitorCore.__doc__
-
-
-install()  # completes what `register` had to leave out if the host was imported by this module

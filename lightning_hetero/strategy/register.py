@@ -7,16 +7,16 @@ from typing import Any
 
 NAME = "hetero"
 _MODULES = {
-    "lightning.pytorch": "lightning_hetero.strategy.lightning_pytorch",
-    "pytorch_lightning": "lightning_hetero.strategy.pytorch_lightning",
-    "lightning.fabric": "lightning_hetero.strategy.lightning_fabric",
-    "lightning_fabric": "lightning_hetero.strategy.standalone_fabric",
+    "lightning.pytorch": "lightning_pytorch",
+    "pytorch_lightning": "pytorch_lightning",
+    "lightning.fabric": "lightning_fabric",
+    "lightning_fabric": "standalone_fabric",
 }
 
 
 def strategy_module(namespace: str) -> Any:
     """Our module whose classes derive from those of `namespace`."""
-    return importlib.import_module(_MODULES[namespace])
+    return importlib.import_module(f"lightning_hetero.strategy.{_MODULES[namespace]}")
 
 
 def register(namespace: str) -> None:
@@ -41,6 +41,7 @@ def register(namespace: str) -> None:
         )
     # The host looks into classes of all accelerators when one of them is not available, so no function here. The
     # class is missing while its module is being imported, which imports the host; the module's last line calls again.
-    accelerator = getattr(strategy_module(namespace), "HeteroAccelerator", None)
+    module = importlib.import_module(f"lightning_hetero.strategy.accelerators.{_MODULES[namespace]}")
+    accelerator = getattr(module, "HeteroAccelerator", None)
     if NAME not in accelerators and accelerator is not None:
         accelerators.register(NAME, accelerator, description="Devices of any kind, together")

@@ -16,10 +16,14 @@ for pl in (lightning.pytorch, pytorch_lightning):
 BOTH_RESOLVE = "lightning.pytorch HeteroStrategy True\npytorch_lightning HeteroStrategy True\n"
 
 
-def test_it_resolves_when_the_hook_was_there_first(run_python: RunPython) -> None:
-    result = run_python("-c", "import lightning_hetero, torch, lightning.pytorch, pytorch_lightning" + REPORT)
+def test_it_resolves_when_the_hook_was_there_first_and_loads_what_is_large_when_asked(run_python: RunPython) -> None:
+    program = """
+import lightning_hetero, sys, torch, lightning.pytorch, pytorch_lightning
+print([name for name in sys.modules if name.startswith(("lightning_hetero.runtime", "lightning_hetero.placement"))])
+"""
+    result = run_python("-c", program + REPORT)
 
-    assert result.stdout == BOTH_RESOLVE, result.stderr
+    assert result.stdout == "[]\n" + BOTH_RESOLVE, result.stderr
 
 
 def test_it_resolves_when_lightning_was_there_first(run_python: RunPython) -> None:

@@ -73,11 +73,3 @@ def test_a_tiny_one_soon_knows_more_than_the_frequency_of_bytes() -> None:
     assert metrics["test/bits_per_byte"] < unigram_bits(data) - 0.5
     assert metrics["test/loss"] == pytest.approx(metrics["test/bits_per_byte"] * math.log(2), rel=1e-3)
     assert 0.2 < metrics["test/acc"] < 1.0
-
-
-@pytest.mark.slow
-def test_as_it_comes_it_learns_python_in_a_minute() -> None:
-    pl.seed_everything(1, verbose=False)
-    data = StdlibTextDataModule()
-    metrics = trained(TinyGPT(), data, steps=300)
-    assert metrics["test/bits_per_byte"] < min(3.6, unigram_bits(data) - 0.8)
