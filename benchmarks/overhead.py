@@ -25,8 +25,8 @@ from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 
 MICRO_BATCHES = 4
 TINY_UNITS = 8
-TINY_LAPS, QUICK_TINY_LAPS = 200, 20
-LAPS, QUICK_LAPS = 40, 3
+TINY_LAPS, QUICK_TINY_LAPS = 200, 6
+LAPS, QUICK_LAPS = 40, 1
 
 Step = Callable[[], object]
 

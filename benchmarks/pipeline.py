@@ -29,7 +29,7 @@ from lightning_hetero.simulate import StageCost, simulate
 
 CASES = {"40_40": (40, 40), "60_20": (60, 20), "20_60": (20, 60), "30_30_30": (30, 30, 30)}  # forward, in ms
 MICRO_BATCHES = (4, 8)
-REPETITIONS, QUICK_REPETITIONS = 9, 3
+REPETITIONS, QUICK_REPETITIONS = 9, 1
 
 
 class Model(nn.Module):

@@ -5,11 +5,13 @@
 
 Models (MLP, convnet, transformer) x placements x micro-batches, on devices that the CPU plays ("emulated": two unequal
 ones, both so slow that they sleep most of the time, as devices of their own would leave the CPU alone) and on the
-emulated accelerator with a model of its link ("accelerator"), whose allocator knows the peak. Every model is profiled
-once for all of its plans. These take turns, in two rounds, each time after some steps of warm-up; what counts is the
-median of all steps. Errors are relative to what was measured: the mean of their absolute values; ranks are
-compared over the plans of each model (Spearman), and the mean is taken. The plans with everything on one device are one
-plan, whatever the number of micro-batches: how far their seconds are from their median is the noise of the machine.
+emulated accelerator with a model of its link ("accelerator"), whose allocator knows the peak. There are three rounds.
+In each, a model is profiled once for all of its plans, which then run, with some steps of warm-up: the machine is not
+as fast in every minute, so that what was predicted is held against what was measured soon after. The error of a plan is
+the median of the rounds' ratios of the two, less 1; the figure is the mean of the absolute values. Ranks are those of
+medians, compared over the plans of each model (Spearman), and the mean is taken. The plans with everything on one
+device are one plan, whatever the number of micro-batches: how far their seconds are from their median is the noise of
+the machine.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from operator import truediv
 
 import torch
 from report import is_quick, report
@@ -28,7 +31,7 @@ from lightning_hetero.devices import Inventory, resolve_devices
 from lightning_hetero.devices.measured import measured_inventory
 from lightning_hetero.graph.find import find_units
 from lightning_hetero.placement import ManualPolicy, Problem, make_plan
-from lightning_hetero.plan.forecast import Execution
+from lightning_hetero.plan.forecast import Execution, Forecast
 from lightning_hetero.profile.measure import measure_model
 from lightning_hetero.profile.recording import Recording
 from lightning_hetero.runtime.modes import activate, deactivate
@@ -43,7 +46,7 @@ EMULATED = "cpu@speed=2,cpu@speed=1,cpu@speed=4"
 MICRO_BATCHES, QUICK_MICRO_BATCHES = (1, 2, 4), (1, 4)
 PLACEMENTS, QUICK_PLACEMENTS = 4, 2
 WARM_UP, STEPS, QUICK_STEPS = 4, 7, 1
-ROUNDS, QUICK_ROUNDS = 2, 1
+ROUNDS, QUICK_ROUNDS = 3, 1
 ROUNDING_BYTES = 1 << 16  # of an allocator: less is no underestimation
 ROWS = 64
 
@@ -134,6 +137,11 @@ class Bench:
         root = str(self.inventory.root.torch_device)
         return nn.functional.cross_entropy(module(self.x.to(root)), self.y.to(root))
 
+    def forecast(self, device_of: Mapping[str, str], micro_batches: int) -> Forecast:
+        """What a plan will take."""
+        execution = Execution(micro_batches=micro_batches, schedule="forward" if micro_batches > 1 else "whole")
+        return predict(self.costs, device_of, execution).forecast
+
     def measured(
         self, device_of: Mapping[str, str], micro_batches: int, steps: int, accelerator: EmulatedAccelerator | None
     ) -> tuple[list[float], list[int]]:
@@ -198,42 +206,45 @@ def compare(
 ) -> dict[str, float]:
     """All plans on some devices."""
     errors, ranks, noises, memory, too_bright = [], [], [], [], 0
-    for name in list(MODELS)[: 2 if quick else None]:
-        bench = Bench(name, inventory, places)
-        plans = [
-            (device_of, micro_batches)
-            for device_of in bench.placements[: QUICK_PLACEMENTS if quick else PLACEMENTS]
-            for micro_batches in (QUICK_MICRO_BATCHES if quick else MICRO_BATCHES)
-        ]
-        seconds: list[list[float]] = [[] for _ in plans]
-        peaks: list[list[int]] = [[] for _ in plans]
+    for name in list(MODELS)[: 1 if quick else None]:
+        forecasts: dict[tuple[int, int], list[Forecast]] = {}
+        seconds: dict[tuple[int, int], list[float]] = {}
+        peaks: dict[tuple[int, int], list[int]] = {}
+        placed: list[dict[str, str]] = []
         for _ in range(QUICK_ROUNDS if quick else ROUNDS):
-            for spot, (device_of, micro_batches) in enumerate(plans):
-                steps, found = bench.measured(device_of, micro_batches, QUICK_STEPS if quick else STEPS, accelerator)
-                seconds[spot] += steps
-                peaks[spot] = list(map(max, found, peaks[spot] or found))
+            bench = Bench(name, inventory, places)
+            placed = bench.placements[: QUICK_PLACEMENTS if quick else PLACEMENTS]
+            for at, device_of in enumerate(placed):
+                for micro_batches in QUICK_MICRO_BATCHES if quick else MICRO_BATCHES:
+                    steps = QUICK_STEPS if quick else STEPS
+                    taken_s, found = bench.measured(device_of, micro_batches, steps, accelerator)
+                    plan = at, micro_batches
+                    forecasts.setdefault(plan, []).append(bench.forecast(device_of, micro_batches))
+                    seconds.setdefault(plan, []).append(statistics.median(taken_s))
+                    peaks[plan] = list(map(max, found, peaks.get(plan, found)))
         pairs = []
-        for spot, (device_of, micro_batches) in enumerate(plans):
-            execution = Execution(micro_batches=micro_batches, schedule="forward" if micro_batches > 1 else "whole")
-            forecast = predict(bench.costs, device_of, execution).forecast
-            measured_s = statistics.median(seconds[spot])
-            pairs.append((forecast.step_s, measured_s))
+        for (at, micro_batches), taken_s in seconds.items():
+            forecast = forecasts[at, micro_batches][-1]
+            expected_s = [each.step_s for each in forecasts[at, micro_batches]]
+            expected, measured = statistics.median(expected_s), statistics.median(taken_s)
+            pairs.append((expected, measured))
+            # Of one round each: the machine is not as fast in every minute.
+            errors.append(abs(statistics.median(map(truediv, expected_s, taken_s)) - 1))
             print(
-                f"{where:<12}{name:<12}{bench.placements.index(device_of)} M={micro_batches}  predicted "
-                f"{forecast.step_s * 1e3:7.1f} ms, measured {measured_s * 1e3:7.1f} ms  {forecast.bottleneck}"
+                f"{where:<12}{name:<12}{at} M={micro_batches}  predicted {expected * 1e3:7.1f} ms, measured "
+                f"{measured * 1e3:7.1f} ms  {forecast.bottleneck}"
             )
             by_name = {device.device: device.memory_bytes for device in forecast.devices}
-            for index, peak in enumerate(peaks[spot]):
-                expected = by_name.get(f"dev:{index}", 0)
-                if peak and expected:
-                    memory.append(expected / peak - 1)
-                    too_bright += expected < peak - ROUNDING_BYTES
-                    print(f"{'':<12}dev:{index} predicted {expected / 2**20:7.2f} MiB, measured {peak / 2**20:7.2f}")
-        same = [
-            measured_s for (_, measured_s), (device_of, _) in zip(pairs, plans, strict=True) if is_single(device_of)
-        ]
+            for index, peak in enumerate(peaks[at, micro_batches]):
+                bytes_expected = by_name.get(f"dev:{index}", 0)
+                if peak and bytes_expected:
+                    memory.append(bytes_expected / peak - 1)
+                    too_bright += bytes_expected < peak - ROUNDING_BYTES
+                    print(
+                        f"{'':<12}dev:{index} predicted {bytes_expected / 2**20:7.2f} MiB, measured {peak / 2**20:7.2f}"
+                    )
+        same = [statistics.median(taken_s) for (at, _), taken_s in seconds.items() if is_single(placed[at])]
         noises += [abs(measured_s / statistics.median(same) - 1) for measured_s in same]
-        errors += [abs(expected / measured_s - 1) for expected, measured_s in pairs]
         ranks.append(rank_correlation([a for a, _ in pairs], [b for _, b in pairs]))
     figures = {
         f"{where}_step_error": statistics.mean(errors),

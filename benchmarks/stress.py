@@ -24,7 +24,7 @@ from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.testing import install_accelerator
 
 PLACEMENTS = (("dev:0", "dev:1"), ("cpu", "dev:0"), ("dev:0", "cpu", "dev:1", "dev:0"), ("dev:1", "cpu", "dev:1"))
-STEPS, QUICK_STEPS = 2500, 40
+STEPS, QUICK_STEPS = 2500, 20
 HANG_S = 60.0
 
 

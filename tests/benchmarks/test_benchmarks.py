@@ -148,7 +148,7 @@ def test_every_benchmark_is_run_here_and_explained() -> None:
 def quick_runs(
     accelerator: EmulatedAccelerator, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, subprocess.CompletedProcess[str]]:
-    """A quick run of each, two at a time: nobody asks how fast they are, and most have a single thread."""
+    """A quick run of each, three at a time: nobody asks how fast they are, and many sleep most of the time."""
 
     # `accelerator` compiles the emulated accelerator if need be, so that it is there when a benchmark asks for it.
     def run(name: str) -> subprocess.CompletedProcess[str]:
@@ -159,7 +159,7 @@ def quick_runs(
             command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300
         )
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         return dict(zip(FIGURES, pool.map(run, FIGURES), strict=True))
 
 
