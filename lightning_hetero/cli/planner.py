@@ -30,8 +30,10 @@ from lightning_hetero.plan.forecast import FORWARD, WHOLE
 from lightning_hetero.profile.count import count_work
 from lightning_hetero.profile.workload import Workload
 from lightning_hetero.strategy.options import (
+    BATCH_NORMS,
     as_constraints,
     as_policy,
+    may_checkpoint,
     number_of_micro_batches,
     one_of,
     positive_seconds,
@@ -135,6 +137,8 @@ class Planner:
             rematerialize=now.terms.rematerialize,
             constraints=now.terms.constraints,
             objective=now.terms.objective,
+            may_checkpoint=now.terms.may_checkpoint,
+            defers_batch_norm=now.terms.defers_batch_norm,
             time_limit_s=now.terms.time_limit_s,
             out_of_time=lambda: time.monotonic() > end_s,
         )
@@ -218,6 +222,7 @@ def _circumstances(cfg: DictConfig) -> Circumstances:
     schedule = cfg.schedule
     in_parts = one_of("schedule.micro_batching", schedule.micro_batching, ("forward", "step")) == "step"
     rule = schedule_for(schedule.rule, schedule.micro_batching)
+    rematerialize = yes_no_or_auto("schedule.rematerialize", schedule.rematerialize)
     return Circumstances(
         rows=rows,
         training=cfg.training and not deployment["deployment"],
@@ -227,7 +232,9 @@ def _circumstances(cfg: DictConfig) -> Circumstances:
         terms=Terms(
             micro_batches=number_of_micro_batches(schedule.micro_batches),
             schedules=(rule.name,) if in_parts else (WHOLE, FORWARD),
-            rematerialize=yes_no_or_auto("schedule.rematerialize", schedule.rematerialize),
+            rematerialize=rematerialize,
+            may_checkpoint=may_checkpoint(_plain(schedule.activation_checkpointing), schedule.compile, rematerialize),
+            defers_batch_norm=one_of("schedule.batch_norm", schedule.batch_norm, BATCH_NORMS) == "defer",
             constraints=as_constraints(_plain(cfg.placement.constraints)),
             objective=one_of("placement.objective", cfg.placement.objective, OBJECTIVES),
             time_limit_s=positive_seconds("placement.time_limit_s", cfg.placement.time_limit_s),
@@ -275,7 +282,7 @@ def _plain(value: Any) -> Any:
 
 def variants(now: Circumstances) -> Mapping[str, Circumstances]:
     """Other circumstances that need less memory, by what to write for them, the ones that change least first."""
-    again = replace(now, terms=replace(now.terms, rematerialize=True, schedules=(FORWARD,)))
+    again = replace(now, terms=replace(now.terms, rematerialize=True, may_checkpoint=False, schedules=(FORWARD,)))
     in_steps = replace(now, terms=replace(now.terms, schedules=("1f1b",), rematerialize=False))
     short: dict[str, Any] = {"dtype": "bfloat16"}
     plain: dict[str, Any] = {"optimizer_factor": 0.0}

@@ -114,7 +114,7 @@ def _outcome(planned: Planned, request: Any, rate: Any, count: Any) -> Outcome:
         plan.training,
         plan.optimizer_factor,
     )
-    prediction = predict(costs, plan.device_of, execution, plan.shares_of)
+    prediction = predict(costs, plan.device_of, execution, plan.shares_of, plan.checkpointed)
     as_run = as_run_by(costs, route(costs, plan.device_of), execution, plan.shares_of)[0]
     count = len(split_rows(costs.profile.rows, as_run.micro_batches, as_run.weights))
     return Outcome(

@@ -18,6 +18,8 @@ from lightning_hetero.schedule import Schedule, get_schedule
 DEVICES_VARIABLE = "HETERO_DEVICES"
 PLACEMENT_VARIABLE = "HETERO_PLACEMENT"
 MICRO_BATCHES_VARIABLE = "HETERO_MICRO_BATCHES"
+BATCH_NORMS = ("whole", "defer")
+"""What `batch_norm` may be."""
 
 
 def as_policy(placement: Any) -> PlacementPolicy:
@@ -162,6 +164,11 @@ def yes_no_or_auto(name: str, value: Any) -> bool | None:
     if value == "auto":
         return None
     raise UsageError(f"{name}={value!r} is not known; it may be True, False or 'auto'")
+
+
+def may_checkpoint(activation_checkpointing: Any, compile: Any, rematerialize: Any) -> bool:
+    """Whether these options leave it to a plan to take to activation checkpointing where nothing else fits."""
+    return activation_checkpointing in (None, True) and compile is None and rematerialize is not True
 
 
 def schedule_for(name: str | None, micro_batching: str) -> Schedule:

@@ -22,8 +22,10 @@ from lightning_hetero.strategy.activation_checkpointing import ActivationCheckpo
 from lightning_hetero.strategy.compilation import compiler_options
 from lightning_hetero.strategy.console import show_messages
 from lightning_hetero.strategy.options import (
+    BATCH_NORMS,
     as_constraints,
     as_policy,
+    may_checkpoint,
     number_of_micro_batches,
     one_of,
     positive_seconds,
@@ -88,15 +90,15 @@ class SpreadingCore:
             micro_batches=number_of_micro_batches(micro_batches),
             schedules=schedules,
             rematerialize=yes_no_or_auto("rematerialize", rematerialize),
-            may_checkpoint=activation_checkpointing in (None, True) and compile is None and rematerialize is not True,
-            defers_batch_norm=batch_norm == "defer",
+            may_checkpoint=may_checkpoint(activation_checkpointing, compile, rematerialize),
+            defers_batch_norm=one_of("batch_norm", batch_norm, BATCH_NORMS) == "defer",
             constraints=as_constraints(constraints),
             objective=one_of("objective", objective, OBJECTIVES),
             time_limit_s=positive_seconds("planning_limit_s", planning_limit_s),
         )
         self._checkpointing = ActivationCheckpointing.of(activation_checkpointing, self._terms.rematerialize)
         self._pipelining = Pipelining(
-            defers_batch_norm=one_of("batch_norm", batch_norm, ("whole", "defer")) == "defer",
+            defers_batch_norm=self._terms.defers_batch_norm,
             hang_timeout_s=positive_seconds("hang_timeout_s", hang_timeout_s),
             once_per_batch=_ONCE_PER_BATCH,
             around=around,

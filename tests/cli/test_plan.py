@@ -91,6 +91,23 @@ def test_a_simulation_needs_the_files_only(command: Command, tmp_path: Path) -> 
     assert re.search(r"^emulated:0\s+F0", shown.out, re.MULTILINE)
 
 
+def test_what_does_not_fit_otherwise_is_planned_with_activation_checkpointing(command: Command, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    words = (*SMALL, "model.vocabulary=64", "model.context=64", "rows=32", "devices.request='cpu@mem=20MiB'")
+    shown = command("plan", *words, "model.depth=6", f"save={saved}", "format=json")
+
+    assert shown.code == 0, shown.err
+    plan = Plan.from_json(shown.out)
+    assert [stage.activation_checkpointing for stage in plan.stages] == [True]
+    assert "Nothing fits with all activations kept" in " ".join(plan.notes)
+    (row,) = json.loads(command("simulate", f"plan={saved}", "format=json").out)
+    assert row["fits"]
+    assert row["forecast"]["step_s"] == plan.forecast.step_s  # type: ignore[union-attr]
+    kept = command("plan", *words, "model.depth=6", "schedule.activation_checkpointing=false")
+    assert "Nothing fits" not in kept.out
+    assert kept.code == 1
+
+
 def test_a_simulation_says_that_a_model_whose_rows_depend_on_each_other_runs_whole(
     command: Command, saved: Path
 ) -> None:
