@@ -140,17 +140,21 @@ class FirstSteps(Watch):
             profile = _profile_of(recording, inventory)
             self.profile = replace(profile, rows=round(profile.rows * self._parts))
             plans = self.planning.with_profile(self._factor, self.profile)
-            self._present = self.planning.foreseen(self._present, self._factor, self.profile)
+            foreseen = self.planning.foreseen(self._present, self._factor, self.profile)
         except Exception as error:  # whatever it is, there is a plan that works
             known = isinstance(error, (InfeasiblePlanError, UnsupportedError))
             log.warning("no plan was made from measurements, so the first one stays: %s", error, exc_info=not known)
             self.is_over = True
             return None
         log.info("measured the model on its devices and planned anew in %.1f s", time.perf_counter() - begun_s)
+        if foreseen is None:
+            log.info("the first plan is given up: with activations, it takes more memory than a device may give")
+        self._present = foreseen or self._present
         if not self.planning.is_by_time:  # seconds are not what counts
             self.is_over = True
             return plans[0]
-        return self._try(Trial(self._present, self._steps_s, plans, min(MOST_STEPS, TRIAL_SHARE * self._steps_left())))
+        most_steps = min(MOST_STEPS, TRIAL_SHARE * self._steps_left())
+        return self._try(Trial(self._present, self._steps_s, plans, most_steps, first_may_stay=foreseen is not None))
 
 
 def _profile_of(recording: Recording, inventory: Inventory) -> ModelProfile:

@@ -133,18 +133,24 @@ class Planning:
         """
         return self._plans(factor, profile)
 
-    def foreseen(self, plan: Plan, factor: float, profile: ModelProfile) -> Plan:
+    def foreseen(self, plan: Plan, factor: float, profile: ModelProfile) -> Plan | None:
         """A plan that was made without a profile, with the forecast that the profile leads to.
 
         Args:
-            plan: The plan. It stays as it is where it cannot be predicted, or does not fit by the profile.
+            plan: The plan. It stays as it is where it cannot be predicted.
             factor: See `with_optimizer`.
             profile: What the model costs.
+
+        Returns:
+            The plan; None if it does not fit by the profile, activations included.
         """
-        again = replace(self, policy=FromFilePolicy(plan))
+        terms = replace(self.terms, may_checkpoint=False)  # it runs as it is
+        again = replace(self, policy=FromFilePolicy(plan), terms=terms)
         try:
             forecast = again.with_profile(factor, profile)[0].forecast
-        except (InfeasiblePlanError, PlacementError):
+        except InfeasiblePlanError:
+            return None
+        except PlacementError:
             return plan
         return replace(plan, forecast=forecast)
 

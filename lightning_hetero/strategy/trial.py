@@ -63,12 +63,20 @@ class Trial:
         first_s: What steps of it took, if any were timed; they count as its first turn.
         rivals: Other plans, the most promising first. One that is the same as the first one in effect takes its place.
         most_steps: How many steps it may take in all. The first rival has a turn in any case.
+        first_may_stay: Whether the first plan takes part. If not, it stays only where no rival can run.
     """
 
     def __init__(
-        self, first: Plan, first_s: Sequence[float], rivals: Iterable[Plan], most_steps: float = MOST_STEPS
+        self,
+        first: Plan,
+        first_s: Sequence[float],
+        rivals: Iterable[Plan],
+        most_steps: float = MOST_STEPS,
+        *,
+        first_may_stay: bool = True,
     ) -> None:
-        self._first = Entry(first, [*first_s], turns=1 if first_s else 0)
+        self._first = Entry(first, [*first_s] if first_may_stay else [], turns=1 if first_s else 0)
+        self._first_races = first_may_stay
         self._entries = [self._first]
         for plan in rivals:
             twin = next((entry for entry in self._entries if in_effect(entry.plan) == in_effect(plan)), None)
@@ -76,6 +84,7 @@ class Trial:
                 self._entries.append(Entry(plan))
             elif twin is self._first:  # the newer one knows more
                 twin.plan = plan
+                self._first_races = True
         self._most_steps = most_steps
         self._steps = 0
         self._of_turn = 0
@@ -135,7 +144,8 @@ class Trial:
 
     def _next_turn(self) -> None:
         self._of_turn = 0
-        racing = [entry for entry in self._entries if not any(other.beats(entry) for other in self._entries)]
+        entries = self._entries if self._first_races else self._entries[1:]
+        racing = [entry for entry in entries if not any(other.beats(entry) for other in entries)]
         new = [entry for entry in racing if not entry.seconds and entry is not self._first]
         if not new and (len(racing) < 2 or min(entry.turns for entry in racing) >= ENOUGH):
             self._now = None
@@ -153,7 +163,7 @@ def warm_steps(plan: Plan) -> int:
 
 def in_effect(plan: Plan) -> tuple[object, ...]:
     """What of a plan shows in the placed model."""
-    return plan.device_of, plan.shares_of, plan.execution
+    return plan.device_of, plan.shares_of, plan.execution, plan.checkpointed
 
 
 def name_of(plan: Plan) -> str:
@@ -161,6 +171,7 @@ def name_of(plan: Plan) -> str:
     devices = "+".join(device.name for device in plan.used)
     stages = f" in {len(plan.stages)} stages" if len(plan.stages) > len(plan.used) else ""
     stages += " with replicas" if plan.shares_of else ""
+    stages += " with activation checkpointing" if plan.checkpointed else ""
     if plan.execution.schedule == WHOLE:
         return f"{devices}{stages}"
     return f"{devices}{stages} ({plan.execution.micro_batches} micro-batches, {plan.execution.schedule})"

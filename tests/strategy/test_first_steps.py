@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hetero.errors import InventoryError, PlacementError, UsageError
 from lightning_hetero.placement import Placement, Problem
@@ -56,6 +57,56 @@ def test_a_plan_that_changes_on_the_way_changes_no_result(name: str, plain: Any,
     assert trainer.strategy.plan.forecast is not None or trainer.strategy.plan.policy == "spread_once_measured"
     assert len(spread.losses) == len(alone.losses)
     assert difference(alone, spread) <= ROUNDING
+
+
+class Counts(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.tanh()
+
+
+class Deep(pl.LightningModule):
+    """Keeps far more activations than it has parameters. Input (rows, 32)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = 0
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            *(nn.Sequential(nn.Linear(32, 32), Counts(), nn.Sigmoid(), nn.Tanh(), nn.Dropout(0.1)) for _ in range(6))
+        )
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        self.before = self.calls
+        return self.net(batch[0]).square().mean()  # type: ignore[no-any-return]
+
+    @property
+    def calls(self) -> int:
+        return self.net.get_submodule("0.1").calls  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+def test_a_first_plan_whose_activations_do_not_fit_gives_way_to_activation_checkpointing(
+    plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trained(trainer: Any) -> Deep:
+        module = Deep()
+        torch.manual_seed(1)
+        trainer.fit(module, DataLoader(TensorDataset(torch.randn(16 * 1024, 32)), batch_size=1024))
+        return module
+
+    alone = trained(plain())
+    trainer = hetero(devices="cpu@speed=1,mem=2MiB,cpu@speed=0.1,mem=64KiB", placement="auto", strategy=ALWAYS)
+    with caplog.at_level(logging.INFO, logger="lightning_hetero"):
+        again = trained(trainer)
+    assert [stage.activation_checkpointing for stage in trainer.strategy.plan.stages] == [True]
+    assert "the first plan is given up: with activations, it takes more memory than a device may give" in caplog.text
+    assert (alone.calls - alone.before, again.calls - again.before) == (1, 2)
+    assert difference(alone, again) == 0
 
 
 def test_user_code_runs_no_more_often(hetero: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -300,6 +301,16 @@ def test_an_error_in_one_micro_batch_reaches_the_user(hetero: Any) -> None:
         hetero(devices=EMULATED, **STEPS).fit(model, data())
     assert "micro-batch 2 of 4 in the training step" in caught.value.__notes__
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hetero")]
+
+
+def test_a_reentrant_checkpoint_is_refused_with_what_to_write(hetero: Any) -> None:
+    class Checkpoints(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x.requires_grad_(), use_reentrant=True)  # type: ignore[no-any-return]
+
+    with pytest.raises(RuntimeError, match="use_reentrant=True") as caught:
+        hetero(devices=EMULATED, **STEPS).fit(Checkpoints(), data())
+    assert "Pass use_reentrant=False to torch.utils.checkpoint, which computes the same" in caught.value.__notes__[0]
 
 
 def test_a_loss_for_some_micro_batches_only_is_refused(hetero: Any) -> None:

@@ -102,6 +102,20 @@ def test_a_plan_that_cannot_run_is_left_out() -> None:
     assert trial.winner.plan is ONE
 
 
+def test_a_first_plan_that_may_not_stay_has_no_turn() -> None:
+    trial = Trial(ONE, [0.1, 0.1], [BOTH, OTHER], first_may_stay=False)
+    ran = run(trial, lambda plan: 5.0 if plan is BOTH else 1.0)
+    assert ran == [BOTH] * (WARM_CUT + TIMED) + [OTHER] * (WARM_WHOLE + TIMED)
+    assert trial.winner.plan is OTHER
+
+
+def test_a_first_plan_that_may_not_stay_does_where_nothing_else_can_run() -> None:
+    trial = Trial(ONE, [0.1, 0.1], [BOTH], first_may_stay=False)
+    trial.drop()
+    assert trial.is_over
+    assert trial.winner.plan is ONE
+
+
 def test_no_step_is_allowed_but_the_first_rival_is_looked_at() -> None:
     trial = Trial(ONE, [1.0, 1.0], [BOTH, OTHER], most_steps=0)
     assert run(trial, lambda _: 0.99) == [BOTH] * (WARM_CUT + TIMED)

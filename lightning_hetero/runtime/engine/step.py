@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
-from lightning_hetero.runtime.engine.faults import Countdown
+from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import gradients, walk
 from lightning_hetero.runtime.engine.region import OWN_CODE
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 
 
 _LOOK_AGAIN_S = 0.05  # how soon a waiting lane notices that another one has failed
+_REENTRANT = (
+    "The backward of a micro-batch asks for the gradients that it needs; a checkpoint with use_reentrant=True cannot "
+    "give some and not others. Pass use_reentrant=False to torch.utils.checkpoint, which computes the same, or let the "
+    'calls of modules run in micro-batches in place of the step: micro_batching="forward".'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +235,10 @@ class StepCall(Call):
             try:
                 with torch.no_grad():
                     found = gradients([loss], [seed], [lane.anchor, *edges], keep_graph=False)
+            except RuntimeError as error:
+                if "use_reentrant=True" in str(error):  # torch's words, about a call that the user did not make
+                    annotated(error, _REENTRANT)
+                raise
             finally:
                 lane.in_backward = False
             self.sums.add(OWN_CODE, index, 0, leaves, found[1:])
