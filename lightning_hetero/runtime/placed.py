@@ -115,7 +115,7 @@ class PlacedModel:
         if before_hooks is not None:
             self.layout = before_hooks(self.module, self.layout)
         self._hook()
-        if any(is_compiled(split.module) for split in self.layout.splits):
+        if any(map(is_compiled, self.module.modules())):
             keep_out_of_graphs()
         if self.pipelining.compiler is not None:
             self._compiled = compile_blocks(self.layout.blocks, self.pipelining.compiler)

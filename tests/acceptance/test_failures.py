@@ -396,8 +396,15 @@ def test_a_batch_that_has_no_room_on_the_root_is_out_of_memory_too(
     assert is_oom_error(caught.value)
 
 
-@pytest.mark.parametrize("root", ROOTS)
-@pytest.mark.parametrize("options", [{}, {"micro_batching": "step"}, {"rematerialize": True}], ids=str)
+@pytest.mark.parametrize(
+    ("root", "options"),
+    [
+        *((root, {}) for root in ROOTS),
+        ("the accelerator", {"micro_batching": "step"}),
+        ("the accelerator", {"rematerialize": True}),
+    ],
+    ids=str,
+)
 def test_the_batch_size_finder_finds_a_size(
     options: dict[str, Any], root: str, hetero: Any, accelerator: EmulatedAccelerator
 ) -> None:

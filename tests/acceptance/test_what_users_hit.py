@@ -684,7 +684,6 @@ class Compiled(Classifier):
 
 @pytest.mark.feature("compile: torch.compile of submodules")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `time.thread_time.`")  # emulated pace
 @pytest.mark.parametrize("mode", ["forward", "step"])
 @pytest.mark.parametrize("way", ["function", "method"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -697,6 +696,17 @@ def test_compiled_stages(backend: str, way: str, mode: str, fit_both: Any) -> No
     runs.check_every_batch_was_cut()
     assert runs.difference <= ROUNDING
     assert runs.metrics_differ_by <= ROUNDING
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_compiler_sees_what_users_compile_and_nothing_else(hetero: Any) -> None:
+    """Not the clocks of devices that the CPU plays: what they know changes while others compile."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    hetero(max_epochs=1).fit(Compiled("eager", "method"), loader(24))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -20,7 +20,6 @@ from lightning_hetero.testing.lightning_module import Classifier, data
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # dynamo looks at it
-    pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `time.thread_time.`"),
 ]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import launch
 import pytest
 import torch
 import torch.distributed as dist
@@ -394,29 +394,13 @@ def main(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(
-    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, accelerator: EmulatedAccelerator
-) -> list[Results]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, accelerator: EmulatedAccelerator) -> list[Results]:
     """What the processes have found, by rank. The accelerator is one of theirs, too; here it gets built."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        texts = [process.communicate(timeout=2 * TIMEOUT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * PROCESSES, "\n".join(texts)
+    environment = {"OMP_NUM_THREADS": "1"}
+    programs = [launch.Forked([__file__, str(rank), str(folder)], environment) for rank in range(PROCESSES)]
+    ended = launch.wait(programs, timeout_s=2 * TIMEOUT_S)
+    assert [process.code for process in ended] == [0] * PROCESSES, "\n".join(process.text for process in ended)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 

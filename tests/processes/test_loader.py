@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -17,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import launch
 import pytest
 import torch
 import torch.distributed as dist
@@ -708,26 +708,12 @@ def one_process(rank: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath), "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        texts = [process.communicate(timeout=2 * TIMEOUT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
+    environment = {"GLOO_SOCKET_IFNAME": "lo"}
+    programs = [launch.Forked([__file__, str(rank), str(folder)], environment) for rank in range(PROCESSES)]
+    ended = launch.wait(programs, timeout_s=2 * TIMEOUT_S)
+    assert [process.code for process in ended] == [0] * PROCESSES, "\n".join(process.text for process in ended)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(PROCESSES)]
 
 

@@ -16,12 +16,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import launch
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from launch import Ended
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -620,20 +622,12 @@ def a_peer_dies_in_its_backward() -> None:
 # The tests
 
 
-def launch(names: list[str], size: int, folder: Path, run_python: Any) -> list[Any]:
+def launched(names: list[str], size: int, folder: Path) -> list[Ended]:
     """Run jobs in processes of their own, all in one set of processes."""
-    ended: list[Any] = [None] * size
-
-    def start(rank: int) -> None:
-        arguments = [__file__, ",".join(names), str(rank), str(size), str(folder / "store")]
-        ended[rank] = run_python(*arguments, OMP_NUM_THREADS="1")
-
-    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return ended
+    rest = str(size), str(folder / "store")
+    return launch.wait(
+        [launch.Forked([__file__, ",".join(names), str(rank), *rest], {"OMP_NUM_THREADS": "1"}) for rank in range(size)]
+    )
 
 
 ALIVE = [name for name in JOBS if "dies" not in name]
@@ -642,19 +636,22 @@ DYING = [name for name in JOBS if "dies" in name]
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("names", [["random_models"], ALIVE[1:]], ids=["random models", "single cases"])
-def test_sums_of_gradients(names: list[str], size: int, tmp_path: Path, run_python: Any, accelerator: object) -> None:
-    for rank, process in enumerate(launch(names, size, tmp_path, run_python)):
-        assert process.returncode == 0, f"process {rank}:\n{process.stdout}\n{process.stderr}"
-        assert process.stdout.split() == names
+def test_sums_of_gradients(names: list[str], size: int, tmp_path: Path, accelerator: object) -> None:
+    for rank, process in enumerate(launched(names, size, tmp_path)):
+        assert process.code == 0, f"process {rank}:\n{process.text}"
+        assert done(process) == names
 
 
 @pytest.mark.parametrize("name", DYING)
-def test_a_peer_that_dies_is_an_error_on_all_others(
-    name: str, tmp_path: Path, run_python: Any, accelerator: object
-) -> None:
-    for rank, process in enumerate(launch([name], 3, tmp_path, run_python)):
-        assert process.returncode == 0, f"process {rank}:\n{process.stdout}\n{process.stderr}"
-        assert process.stdout.split() == ([] if rank == 1 else [name])
+def test_a_peer_that_dies_is_an_error_on_all_others(name: str, tmp_path: Path, accelerator: object) -> None:
+    for rank, process in enumerate(launched([name], 3, tmp_path)):
+        assert process.code == 0, f"process {rank}:\n{process.text}"
+        assert done(process) == ([] if rank == 1 else [name])
+
+
+def done(process: Ended) -> list[str]:
+    """The jobs that a process has done; other lines are warnings of gloo."""
+    return [line for line in process.text.splitlines() if line in JOBS]
 
 
 def test_every_job_is_run() -> None:

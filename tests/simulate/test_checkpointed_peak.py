@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -128,17 +129,21 @@ def test_no_checkpointed_plan_takes_more_than_predicted(kind: str, accelerator: 
     names, (first, second) = costs.graph.names, accelerator.devices[:2]
     half = len(model) // 2
     split = {name: first if int(name.split(".")[0]) < half else second for name in names}
-    for device_of in (dict.fromkeys(names, first), dict.fromkeys(names, second), split):
-        for micro_batches in (1, 4):
-            for chosen in ({first, second}, {second}):
-                checkpointed = [name for name in names if device_of[name] in chosen]
-                execution = Execution(micro_batches=micro_batches, schedule="forward" if micro_batches > 1 else "whole")
-                expected = predict(costs, device_of, execution, checkpointed=checkpointed).forecast
-                found, layers = peaks(model, shape, device_of, micro_batches, checkpointed, accelerator)
-                pieces = pieces_to_rerun(costs, device_of, checkpointed)
-                assert len(pieces) == len(layers)
-                for device in expected.devices:
-                    assert found[device.device] <= device.memory_bytes + SMALL_BYTES
+    cases = [
+        (dict.fromkeys(names, first), {first}),
+        (dict.fromkeys(names, second), {second}),
+        (split, {first, second}),
+        (split, {second}),
+    ]
+    for (device_of, chosen), micro_batches in product(cases, (1, 4)):
+        checkpointed = [name for name in names if device_of[name] in chosen]
+        execution = Execution(micro_batches=micro_batches, schedule="forward" if micro_batches > 1 else "whole")
+        expected = predict(costs, device_of, execution, checkpointed=checkpointed).forecast
+        found, layers = peaks(model, shape, device_of, micro_batches, checkpointed, accelerator)
+        pieces = pieces_to_rerun(costs, device_of, checkpointed)
+        assert len(pieces) == len(layers)
+        for device in expected.devices:
+            assert found[device.device] <= device.memory_bytes + SMALL_BYTES
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))

@@ -28,7 +28,6 @@ ON_BOTH = pytest.mark.parametrize(
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # dynamo looks at it
-    pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `time.thread_time.`"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),  # the compiler's own
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
     pytest.mark.filterwarnings("ignore:.*TensorFloat32 tensor cores.*available but not enabled"),
