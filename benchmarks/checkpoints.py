@@ -27,7 +27,7 @@ from report import is_quick, report
 
 from lightning_hetero.strategy.lightning_pytorch import HeteroCheckpointIO
 
-KILLS, QUICK_KILLS = 500, 15
+KILLS, QUICK_KILLS = 500, 40
 LIGHTNING_KILLS, QUICK_LIGHTNING_KILLS = 100, 10
 FLIPS, QUICK_FLIPS = 1000, 200
 NUMBERS = 1_000_000  # of a checkpoint that is written while somebody kills: 4 MB

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_hetero.devices import Inventory
@@ -92,10 +93,17 @@ class FirstSteps(Watch):
         if len(self._steps_s) < warm + TIMED:
             return None
         del self._steps_s[:warm]
-        if self._always or min(self._steps_s) * self._steps_left() >= WORTH_S:
+        is_worth_it = min(self._steps_s) * self._steps_left() >= WORTH_S
+        if self._always or (is_worth_it and not torch.are_deterministic_algorithms_enabled()):
             self._recording = Recording(module, self.planning.graph)
-        else:
-            self.is_over = True
+            return None
+        if is_worth_it:
+            log.info(
+                "the first plan stays, as Trainer(deterministic=True) asks for the same numbers in every run, and a "
+                "plan chosen by the clock may be another one next time; name one (plan='plan.json', placement='even'), "
+                "or say profile='always'"
+            )
+        self.is_over = True
         return None
 
     @property

@@ -59,6 +59,21 @@ def test_a_plan_that_changes_on_the_way_changes_no_result(name: str, plain: Any,
     assert difference(alone, spread) <= ROUNDING
 
 
+def test_a_run_that_has_to_be_repeatable_keeps_the_first_plan_and_says_why(
+    hetero: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lightning_hetero.strategy.first_steps.WORTH_S", 0.0)
+    try:
+        with caplog.at_level(logging.INFO, logger="lightning_hetero"):
+            trainer, _ = run(hetero, strategy={"profile": "auto"}, deterministic=True)
+            asked, _ = run(hetero, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert trainer.strategy.plan.forecast is None  # not measured
+    assert "the first plan stays, as Trainer(deterministic=True) asks for the same numbers" in caplog.text
+    assert asked.strategy.plan.forecast is not None
+
+
 class Counts(nn.Module):
     calls = 0
 
