@@ -146,6 +146,7 @@ def _code(
         device = _device(costs, around, where, is_block, after)
         piece = _piece_around(costs, around, after, piece_of)
         size = Line()
+        moment = moment_bytes
         for line, source, takers in kept:
             made = (
                 source >= 0
@@ -153,9 +154,13 @@ def _code(
                 and piece_of[source] in (-1, piece)
                 and _keeps(costs.units[source].saved_output_bytes, line)
             )
-            if not made and not any(where[unit] == device and _takes(costs, unit) for unit in takers):
+            if made:
+                continue
+            if any(where[unit] == device and _takes(costs, unit) for unit in takers):
+                moment += line  # the unit has let go of it by then, and this code has not
+            else:
                 size += line
-        found[after].append((device, size, moment_bytes, piece >= 0))
+        found[after].append((device, size, moment, piece >= 0))
     return found
 
 

@@ -48,7 +48,7 @@ def peak_bytes(
     root, everything = costs.root, len(rows)
     in_steps = execution.schedule not in (WHOLE, FORWARD)
     work = Work(rows)
-    held = in_flight(route, execution, everything, root)
+    held = in_flight(route, execution, everything)
     lanes = min(len(route.devices) + 1, everything)
     waiting = _waiting(route, work, everything)
     own, parts = costs.profile.own_code, max(held, default=1) if in_steps else everything
@@ -136,11 +136,8 @@ def _early(
                 yield costs.root, work.bytes_of(flow.size_bytes, micro_batches) - counted
 
 
-def in_flight(route: Route, execution: Execution, micro_batches: int, root: int) -> list[int]:
-    """How many micro-batches each stage keeps something of at once, in training.
-
-    In the schedules of steps the loss follows the last stage, and is one more if it is on another device.
-    """
+def in_flight(route: Route, execution: Execution, micro_batches: int) -> list[int]:
+    """How many micro-batches each stage keeps something of at once, in training."""
     count = len(route.runs)
     if execution.schedule == WHOLE:
         return [1] * count
@@ -149,10 +146,9 @@ def in_flight(route: Route, execution: Execution, micro_batches: int, root: int)
         return [min(lanes, micro_batches)] * count
     if not count:
         return []
-    places = [run.device for run in route.runs]
-    places += [root] if places[-1] != root else []
-    pipeline = Pipeline(device_of=tuple(places), micro_batches=micro_batches)
-    return list(bounds(get_schedule(execution.schedule), pipeline))[:count]
+    pipeline = Pipeline(device_of=tuple(run.device for run in route.runs), micro_batches=micro_batches)
+    # As many as are under way may be at any stage: a schedule says which of them goes first, and no more.
+    return [bounds(get_schedule(execution.schedule), pipeline)[0]] * count
 
 
 def _at_root(costs: Costs, route: Route) -> tuple[list[Line], Line]:

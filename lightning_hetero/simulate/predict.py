@@ -112,7 +112,7 @@ def _prices(
 
 
 def as_run(costs: Costs, way: Route, execution: Execution, shares_of: SharesOf) -> tuple[Execution, SharesOf]:
-    """What the runtime makes of it: "forward" cuts nothing where there is no border, or no second row.
+    """What the runtime makes of it: nothing is cut where there is no border, or no second row.
 
     Args:
         costs: Of the model.
@@ -120,13 +120,12 @@ def as_run(costs: Costs, way: Route, execution: Execution, shares_of: SharesOf) 
         execution: How a batch is to run.
         shares_of: The replicas.
     """
-    is_forward = execution.schedule == FORWARD
-    if is_forward and costs.is_coupled:  # the owners do all
+    if execution.schedule == FORWARD and costs.is_coupled:  # the owners do all
         return Execution(), {}
     if shares_of:
         return execution, shares_of
     is_alone = len(way.devices) < 2 or execution.micro_batches < 2 or costs.profile.rows < 2
-    return Execution() if not way.runs or (is_forward and is_alone) else execution, {}
+    return Execution() if is_alone else execution, {}
 
 
 def _optimize(costs: Costs, way: Route, slots: list[Slot], now_s: float) -> float:

@@ -75,7 +75,7 @@ def forecast_stages(costs: Costs, plan: Plan) -> tuple[StageForecast, ...]:
     for way in {id(way): way for way in ways}.values() if costs.training else ():
         work = Work(way.rows)
         kept = kept_by_units(costs, way.route, way.device_of, work.is_cut, pieces)
-        for run, held in zip(way.route.runs, in_flight(way.route, execution, len(way.rows), costs.root), strict=True):
+        for run, held in zip(way.route.runs, in_flight(way.route, execution, len(way.rows)), strict=True):
             for unit in range(run.first, run.stop):
                 of(unit, run.device).kept_bytes += work.bytes_of(kept[unit], held)
     return tuple(

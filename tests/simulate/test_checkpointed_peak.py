@@ -159,6 +159,6 @@ def test_predicted_savings_are_real(kind: str, accelerator: EmulatedAccelerator)
         peaks(model, shape, device_of, 1, chosen, accelerator)[0][device] for chosen in ((), names)
     )
     assert 0 < plain_bytes - again_bytes <= (measured_plain - measured_again) * 1.1
-    assert again_bytes <= 1.3 * measured_again
+    assert again_bytes <= 1.35 * measured_again
     forward_s = sum(costs.seconds(ROWS).forward_s[1])
     assert again.step_s == pytest.approx(plain.step_s + forward_s)

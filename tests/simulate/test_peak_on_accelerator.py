@@ -25,7 +25,21 @@ from lightning_hetero.testing import EmulatedAccelerator
 ROWS, WIDTH = 128, 64
 SMALL_BYTES = 2048  # numbers and the like, which nobody predicts
 
+
+class Convolutions(nn.Module):
+    """A function between two units, whose result both it and the second one keep. Input (rows, WIDTH)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Tensor = self.down(torch.relu(self.up(x.unsqueeze(1))))
+        return inner.squeeze(1)
+
+
 LAYERS = {
+    "convolutions": lambda: [Convolutions()],
     "linear": lambda: [nn.Linear(WIDTH, WIDTH)],
     "relu": lambda: [nn.Linear(WIDTH, WIDTH), nn.ReLU()],
     "gelu": lambda: [nn.Linear(WIDTH, WIDTH), nn.GELU()],
@@ -131,7 +145,11 @@ def test_normalisation_and_dropout_at_the_end_of_the_root(kinds: list[str], devi
     assert peaks(model, device_of, Execution(), devices)[devices.devices[0]] <= expected + SMALL_BYTES
 
 
-@pytest.mark.parametrize("kinds", [["relu"] * 4, ["linear", "gelu", "linear"], ["block", "norm", "block"]])
+@pytest.mark.parametrize(
+    "kinds",
+    [["relu"] * 4, ["linear", "gelu", "linear"], ["block", "norm", "block"], ["convolutions"] * 2],
+    ids=" ".join,
+)
 def test_a_whole_step_takes_what_is_predicted(kinds: list[str], devices: EmulatedAccelerator) -> None:
     model = nn.Sequential(*(layer for kind in kinds for layer in LAYERS[kind]()))
     device_of = dict.fromkeys(find_units(model).names, devices.devices[0])
