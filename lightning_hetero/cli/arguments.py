@@ -39,16 +39,21 @@ def check_arguments(group: str, given: Mapping[str, Any]) -> None:
 
 
 def _types_of(target: str) -> dict[str, tuple[type, ...]]:
-    """The declared types of all arguments for which these are scalars; nothing of a target that does not say."""
+    """The declared types of all arguments for which these are scalars; nothing of a target that does not say.
+
+    The type of the default counts as declared: people write `hidden: int = None`.
+    """
     try:
         factory = get_object(target)
         function = factory.__init__ if inspect.isclass(factory) else factory
         hints = get_type_hints(inspect.unwrap(function))
+        parameters = inspect.signature(factory).parameters
     except Exception:  # it is imported by hydra next, which says what is wrong
         return {}
     found = {}
     for name, hint in hints.items():
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        if all(kind in _SCALARS for kind in kinds):
-            found[name] = kinds
+        if name in parameters and all(kind in _SCALARS for kind in kinds):
+            default = parameters[name].default
+            found[name] = kinds if default is inspect.Parameter.empty else (*kinds, type(default))
     return found
