@@ -9,6 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Convolutions(nn.Module):
+    """A function between two units, whose result both it and the second one keep. Input (rows, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        inner: Tensor = self.down(torch.relu(self.up(x.unsqueeze(1))))
+        return inner.squeeze(1)
+
+
 class MLP(nn.Module):
     """Three linear layers, called one after the other by the module's own code. Input (rows, 8), output (rows, 4)."""
 

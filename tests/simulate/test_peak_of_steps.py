@@ -19,6 +19,7 @@ from lightning_hetero.profile.measure import measure_model
 from lightning_hetero.profile.recording import Recording
 from lightning_hetero.simulate import Costs, predict
 from lightning_hetero.testing import EmulatedAccelerator
+from lightning_hetero.testing.models import Convolutions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
@@ -26,18 +27,6 @@ pytestmark = [
 ]
 ROWS, WIDTH = 128, 64
 SMALL_BYTES = 4096  # numbers and the like, which nobody predicts
-
-
-class Convolutions(nn.Module):
-    """A function between two units. Input (rows, WIDTH)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 1, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner: Tensor = self.down(torch.relu(self.up(x.unsqueeze(1))))
-        return inner.squeeze(1)
 
 
 def feed_forward() -> nn.Module:

@@ -21,21 +21,10 @@ from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.simulate import Costs, predict
 from lightning_hetero.testing import EmulatedAccelerator
+from lightning_hetero.testing.models import Convolutions
 
 ROWS, WIDTH = 128, 64
 SMALL_BYTES = 2048  # numbers and the like, which nobody predicts
-
-
-class Convolutions(nn.Module):
-    """A function between two units, whose result both it and the second one keep. Input (rows, WIDTH)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 1, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner: Tensor = self.down(torch.relu(self.up(x.unsqueeze(1))))
-        return inner.squeeze(1)
 
 
 LAYERS = {
