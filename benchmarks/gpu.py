@@ -8,7 +8,8 @@ which some steps (or those of a second) after a warm-up are timed together, from
 another. The fastest turn counts. Plans that are the same in effect are timed once. Without a GPU it says so, and has no
 figures; `--device dev:0` lets the emulated accelerator take its place, which shows that this program runs and no more.
 
-- `<model>_overhead`: a step with `strategy="hetero"` as it is, by one of plain Lightning on the GPU.
+- `<model>_overhead`: a step with `strategy="hetero"` as it is, by one of plain Lightning on the GPU, after the first
+  60 steps, in which a run measures and looks for a better plan. Its noise is plain Lightning by plain Lightning.
 - `<model>_auto`: a step of the plan of `auto`, by one of the faster of GPU and CPU alone. Aim: at most 1.02.
 - `<model>_<plan>_step`, `<model>_<plan>_peak`: predicted by measured seconds of a step, and peak on the GPU, of the GPU
   alone ("single") and of the plans of two policies. Left out where a plan was made before the model was measured.
@@ -80,7 +81,7 @@ def overhead(bench: Bench, results: Results, name: str, model: Model) -> None:
     def ours() -> tuple[Any, dict[str, Any]]:
         return HeteroStrategy(devices=None if bench.is_real else bench.places, verbose=False), {}
 
-    found = bench.compare(model, {"plain": bench.plain, "ours": ours, "again": bench.plain})
+    found = bench.compare(model, {"plain": bench.plain, "ours": ours, "again": bench.plain}, settled=True)
     say(f"   plain {found['plain'].step_s * 1e3:.3f} ms, ours {found['ours'].step_s * 1e3:.3f} ms")
     results.put(f"{name}_overhead", found["ours"].step_s / found["plain"].step_s)
     results.put(f"{name}_noise", found["again"].step_s / found["plain"].step_s)

@@ -21,6 +21,7 @@ from lightning_hetero.plan import Plan
 from lightning_hetero.strategy.trial import in_effect
 
 SETTLE, SETTLE_MAP = 60, 12  # steps after which the plan of a run stays; a mapping of modules has no rivals
+STEPS = 100  # timed of a run that has settled
 LIMIT_S = 1.0  # of a warm-up, and of what is timed
 LEAST_WARM = 6  # steps in which cuts are tried out, however long they take
 
@@ -159,17 +160,24 @@ class Bench:
         assert chosen.plan is not None
         return chosen.plan
 
-    def compare(self, model: Model, ways: dict[str, Way]) -> dict[str, Timed]:
-        """Time ways to train a model in turns; the first turn brings what stays, such as workspaces of cuBLAS."""
+    def compare(self, model: Model, ways: dict[str, Way], *, settled: bool = False) -> dict[str, Timed]:
+        """Time ways to train a model in turns; the first turn brings what stays, such as workspaces of cuBLAS.
+
+        Args:
+            model: What is trained.
+            ways: How, by name.
+            settled: Whether to let the steps pass first in which a run looks for the best plan, and to time more.
+        """
+        warm, steps = (max(self.warm, SETTLE), STEPS) if settled else (self.warm, self.steps)
         found = {name: Timed() for name in ways}
         for turn in range(self.turns + 1):
             for name, make in ways.items():
                 gc.collect()
                 self.module.synchronize(0)
                 before = self.module.memory_allocated(0)
-                clock = Clock(self.module, self.warm, self.steps)
+                clock = Clock(self.module, warm, steps)
                 strategy, options = make()
-                self.train(model, self.warm + self.steps + 1, strategy, [clock], **options)
+                self.train(model, warm + steps + 1, strategy, [clock], **options)
                 if turn:
                     found[name].seconds.append(clock.step_s)
                     found[name].peaks_bytes.append(clock.peak_bytes - before)

@@ -3,16 +3,21 @@
     python benchmarks/overhead.py
     python benchmarks/overhead.py --quick
 
-Both run in one process and take turns. CPU time of all threads is counted, so it does not matter what
-else the machine does, nor that the devices work at the same time.
+Both run in one process and take turns. CPU time of all threads is counted, so waiting does not count, neither for other
+programs nor for each other. But two threads that compute at once are slower where their cores share caches, the way to
+memory, or a clock, and the plain loop is never two. So everything is measured a second time with all threads on one
+core, where only what the engine does is left (Linux; elsewhere the two are the same).
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from report import is_quick, report
@@ -25,8 +30,8 @@ from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 
 MICRO_BATCHES = 4
 TINY_UNITS = 8
-TINY_LAPS, QUICK_TINY_LAPS = 200, 6
-LAPS, QUICK_LAPS = 40, 1
+TINY_LAPS, QUICK_TINY_LAPS = 100, 3
+LAPS, QUICK_LAPS = 25, 1
 
 Step = Callable[[], object]
 
@@ -88,6 +93,10 @@ class Subject:
         self.cut.zero_grad()
         self.cut(self.batch).pow(2).mean().backward()
 
+    def release(self) -> None:
+        """End the threads."""
+        self.placed.release(torch.device("cpu"))
+
     def run_plain(self) -> None:
         """Forward and backward of one micro-batch after the other."""
         self.plain.zero_grad()
@@ -106,14 +115,11 @@ def cpu_s(step: Step, steps: int) -> float:
 def compare(subject: Subject, laps: int, steps_per_turn: int) -> tuple[list[float], list[float], list[float]]:
     """CPU seconds of a step in micro-batches, of the plain loop, and of the plain loop again, for each lap."""
     steps = (subject.run_cut, subject.run_plain, subject.run_plain)
-    try:
-        for step in steps * 3:
-            step()
-        assert subject.placed.engine is not None
-        assert not subject.placed.engine.reasons
-        seconds = [[cpu_s(step, steps_per_turn) for step in steps] for _ in range(laps)]
-    finally:
-        subject.placed.release(torch.device("cpu"))
+    for step in steps * 3:
+        step()
+    assert subject.placed.engine is not None
+    assert not subject.placed.engine.reasons
+    seconds = [[cpu_s(step, steps_per_turn) for step in steps] for _ in range(laps)]
     cut_s, plain_s, again_s = map(list, zip(*seconds, strict=True))
     return cut_s, plain_s, again_s
 
@@ -122,24 +128,53 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Within the block, all threads of this process share one core, where the system lets them be moved."""
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir() or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    try:
+        for task in tasks.iterdir():
+            os.sched_setaffinity(int(task.name), {max(cores)})
+        yield
+    finally:
+        for task in tasks.iterdir():
+            os.sched_setaffinity(int(task.name), cores)
+
+
 def main() -> None:
     quick = is_quick(__doc__)
     torch.set_num_threads(1)
     laps = QUICK_TINY_LAPS if quick else TINY_LAPS
     layers, batch = tiny()
     # Neighbours are on different devices, so that every layer is a call of its own.
-    cut_s, plain_s, again_s = compare(Subject(layers, batch, [layer % 2 for layer in range(len(layers))]), laps, 5)
-    calls = len(layers) * MICRO_BATCHES
+    subject = Subject(layers, batch, [layer % 2 for layer in range(len(layers))])
+    cut_s, plain_s, again_s = compare(subject, laps, 5)
+    with one_core():
+        alone_s, loop_s, _ = compare(subject, laps, 5)
+    subject.release()
+    us = 1e6 / (len(layers) * MICRO_BATCHES)
     figures = {
-        "us_per_call": statistics.median(a - b for a, b in zip(cut_s, plain_s, strict=True)) / calls * 1e6,
-        "noise_us_per_call": statistics.median(a - b for a, b in zip(again_s, plain_s, strict=True)) / calls * 1e6,
+        "us_per_call": statistics.median(a - b for a, b in zip(cut_s, plain_s, strict=True)) * us,
+        "noise_us_per_call": statistics.median(a - b for a, b in zip(again_s, plain_s, strict=True)) * us,
+        "plain_us_per_call": statistics.median(plain_s) * us,
+        "one_core_us_per_call": statistics.median(a - b for a, b in zip(alone_s, loop_s, strict=True)) * us,
+        "one_core_plain_us_per_call": statistics.median(loop_s) * us,
     }
+    laps = QUICK_LAPS if quick else LAPS
     for model in (mlp, transformer, convnet):
         layers, batch = model()
-        halves = [2 * layer // len(layers) for layer in range(len(layers))]
-        cut_s, plain_s, again_s = compare(Subject(layers, batch, halves), QUICK_LAPS if quick else LAPS, 1)
+        subject = Subject(layers, batch, [2 * layer // len(layers) for layer in range(len(layers))])
+        cut_s, plain_s, again_s = compare(subject, laps, 1)
+        with one_core():
+            alone_s, loop_s, _ = compare(subject, laps, 1)
+        subject.release()
         figures[f"{model.__name__}_ratio"] = ratio(cut_s, plain_s)
         figures[f"{model.__name__}_noise_ratio"] = ratio(again_s, plain_s)
+        figures[f"{model.__name__}_one_core_ratio"] = ratio(alone_s, loop_s)
     report(figures)
 
 

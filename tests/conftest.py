@@ -40,6 +40,7 @@ ENVIRONMENT_OF_IMPORTS = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "import lightning.fabric",
     "TORCHINDUCTOR_CACHE_DIR": "first compilation by inductor",
     "TRITON_CACHE_DIR": "first compilation by triton",
+    "TRITON_PTXAS_PATH": "first compilation by triton",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR": "first compilation by inductor",
     "USE_LIBUV": "import lightning.fabric, on Windows",
 }
@@ -67,7 +68,16 @@ else:
 def _threads() -> Things:
     """Threads that could outlive the test: those that keep Python alive, and all of our own."""
     ours = [t for t in threading.enumerate() if not t.daemon or "hetero" in t.name]
-    return {f"{t.name!r} ({t.ident})": t for t in ours}
+    return {f"{t.name!r} ({t.ident})": t for t in ours if t not in _threads_of_inductor()}
+
+
+def _threads_of_inductor() -> set[threading.Thread]:
+    """Those of the pool that torch's compiler keeps as long as the interpreter lives, where there is a GPU."""
+    module = sys.modules.get("torch._inductor.async_compile")
+    pool = getattr(getattr(module, "AsyncCompile", None), "pool", None)
+    if pool is None or not pool.cache_info().currsize:
+        return set()
+    return set(pool()._threads)
 
 
 def _children() -> Things:

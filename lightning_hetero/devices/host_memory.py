@@ -9,7 +9,7 @@ import logging
 log = logging.getLogger(__name__)
 
 # Names and numbers of malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more
 _LARGEST_INT = 2**31 - 1
 
@@ -32,4 +32,10 @@ def keep_host_memory() -> bool:
         log.debug("this C library has no mallopt, so emulated devices are less steady")
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))
+    # Other threads than the first get arenas of their own, which are given back as soon as they are empty. From now on
+    # there is one for all threads to come.
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        and mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        and mallopt(_M_ARENA_MAX, 1)
+    )

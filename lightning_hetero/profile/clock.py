@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,6 +27,42 @@ def timed(device: torch.device, work: Callable[[], object]) -> tuple[float, obje
     result = work()
     synchronize(device)
     return time.perf_counter() - begun_s, result
+
+
+class Clock:
+    """Moments in the work of a device, to be told apart later.
+
+    Where the device works by itself, a moment is an event among its work, and nobody waits for it: in a step, the CPU
+    prepares the next work meanwhile. Work that takes longer to prepare than to do lasts as long as its preparation.
+
+    Args:
+        device: The device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module = torch.get_device_module(device) if works_by_itself(device) else None
+
+    def now(self) -> Any:
+        """When all that this thread has told the device is done."""
+        if self._module is None:
+            synchronize(self._device)
+            return time.perf_counter()
+        event = self._module.Event(enable_timing=True)
+        event.record(self._module.current_stream(self._device))
+        return event
+
+    def between(self, begun: Any, ended: Any) -> float:
+        """Seconds from one moment to another; waits for the later one."""
+        if self._module is None:
+            return float(ended - begun)
+        ended.synchronize()
+        return float(begun.elapsed_time(ended)) / 1e3
+
+
+def works_by_itself(device: torch.device) -> bool:
+    """Whether calls return before the device has done the work, and events tell when it has."""
+    return device.type in ("cuda", "xpu")
 
 
 def medians(once: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:

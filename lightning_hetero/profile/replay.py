@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_hetero.profile.alone import Alone, Inputs
 from lightning_hetero.profile.benches import Bench
-from lightning_hetero.profile.clock import timed
+from lightning_hetero.profile.clock import Clock
 from lightning_hetero.profile.job import Job
 from lightning_hetero.profile.structure import tensors_in
 
@@ -31,6 +32,9 @@ _MOST_AT_ONCE = 4  # micro-batches: as many as are in flight with three devices
 _MOST_OF_A_SORT = 4
 _WINDOW_BYTES = 256 << 20
 _LONGEST_REST_S = 0.01  # after which a processor has forgotten all that it can forget
+
+_Span = tuple[Any, Any] | None
+"""Two moments of a clock; None where nothing was done."""
 
 
 @dataclass(slots=True)
@@ -71,42 +75,50 @@ class Replay:
         Raises:
             Exception: Whatever units raise.
         """
-        kept: list[list[tuple[_Part, float, list[Tensor]]]] = []
+        clock = Clock(self.bench.device)
+        kept: list[list[tuple[_Part, _Span, list[Tensor]]]] = []
+        spans: list[tuple[_Part, _Span, _Span]] = []
         for _ in range(times):
             kept.append([])
             for part in self._parts:
                 if rows not in part.inputs:
                     part.inputs[rows] = part.alone.inputs(rows, part.job.carriers)
                 fresh = part.alone.fresh(part.inputs[rows])
-                forward_s, output = timed(self.bench.device, lambda p=part, f=fresh: p.alone.forward(f))  # type: ignore[misc]
+                begun = clock.now()
+                output = part.alone.forward(fresh)
+                forward: _Span = (begun, clock.now())
                 roots = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-                kept[-1].append((part, forward_s, roots if part.alone.training else []))
+                kept[-1].append((part, forward, roots if part.alone.training else []))
                 del fresh, output, roots
-                self._rest(forward_s)
+                self._rest(clock, forward)
         self._gradients.clear()  # those of the step before, where user code lets go of them
         for spot, calls in enumerate(kept):
             while calls:
-                part, forward_s, roots = calls.pop()
-                backward_s = self._backward(roots)
+                part, forward, roots = calls.pop()
+                backward = self._backward(clock, roots)
                 del roots
                 found = [parameter.grad for parameter in part.alone.twin.parameters()]
                 if not spot:  # others are added to them, which is no part of the backward
                     self._gradients.append(found)
                 del found
                 part.alone.twin.zero_grad(set_to_none=True)
-                self._rest(backward_s)
-                if counts:
-                    self.found[id(part.job), rows].append((forward_s, backward_s))
+                self._rest(clock, backward)
+                spans.append((part, forward, backward))
+        for part, *both in spans if counts else ():
+            forward_s, backward_s = (0.0 if span is None else clock.between(*span) for span in both)
+            self.found[id(part.job), rows].append((forward_s, backward_s))
 
-    def _backward(self, roots: list[Tensor]) -> float:
+    def _backward(self, clock: Clock, roots: list[Tensor]) -> _Span:
         if not roots:
-            return 0.0
+            return None
         gradients = [torch.ones_like(tensor) for tensor in roots]
-        return timed(self.bench.device, lambda: torch.autograd.backward(roots, gradients))[0]
+        begun = clock.now()
+        torch.autograd.backward(roots, gradients)
+        return begun, clock.now()
 
-    def _rest(self, worked_s: float) -> None:
-        if self.bench.rest:
-            time.sleep(min(worked_s * self.bench.rest, _LONGEST_REST_S))
+    def _rest(self, clock: Clock, span: _Span) -> None:
+        if self.bench.rest and span is not None:
+            time.sleep(min(clock.between(*span) * self.bench.rest, _LONGEST_REST_S))
 
 
 def replay(

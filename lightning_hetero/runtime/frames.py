@@ -98,14 +98,24 @@ def balanced() -> Balanced:
     return Balanced()
 
 
-@contextmanager
-def random_numbers_arranged() -> Iterator[None]:
-    """Within the block somebody else sees to it that random numbers are repeated where they have to be."""
-    before, _LOCAL.arranged = _LOCAL.arranged, True
-    try:
-        yield
-    finally:
-        _LOCAL.arranged = before
+class RandomNumbersArranged:
+    """Context in which somebody else sees to it that random numbers are repeated where they have to be.
+
+    A class for the reason of `Balanced`.
+    """
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before, _LOCAL.arranged = _LOCAL.arranged, True
+
+    def __exit__(self, *failure: object) -> None:
+        _LOCAL.arranged = self._before
+
+
+def random_numbers_arranged() -> RandomNumbersArranged:
+    """A new context of that sort."""
+    return RandomNumbersArranged()
 
 
 def are_random_numbers_arranged() -> bool:

@@ -35,7 +35,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def version_of(tensor: Tensor) -> int:
     """How often the tensor was changed in place; tensors of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # asked first, `is_inference` would let go of the interpreter, for other threads to take
+        return 0
 
 
 def move(obj: Any, device: torch.device) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
+from lightning_hetero import __version__
 from lightning_hetero.errors import ProcessError, UnsupportedError, UsageError
 from lightning_hetero.plan.explain import format_seconds
 from lightning_hetero.runtime.processes.batch_norm import GlobalBatchNorm
@@ -56,7 +56,7 @@ class Team:
         self, address: Address, shares: Sequence[float], timeout_s: float, facts: Mapping[str, object]
     ) -> None:
         self.group = Group.open(address, timeout_s)
-        versions = {name: importlib.metadata.version(name) for name in ("lightning-hetero", "torch")}
+        versions = {"lightning-hetero": __version__, "torch": str(torch.__version__)}
         check_agreement(self.group, {**{f"version of {name}": v for name, v in versions.items()}, **facts})
         self.shares = Shares(shares or [1.0] * address.size)
         self._ledger = RowLedger()

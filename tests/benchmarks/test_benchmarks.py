@@ -95,12 +95,18 @@ FIGURES = {
     "overhead.py": {
         "us_per_call",
         "noise_us_per_call",
+        "plain_us_per_call",
+        "one_core_us_per_call",
+        "one_core_plain_us_per_call",
         "mlp_ratio",
         "mlp_noise_ratio",
+        "mlp_one_core_ratio",
         "transformer_ratio",
         "transformer_noise_ratio",
+        "transformer_one_core_ratio",
         "convnet_ratio",
         "convnet_noise_ratio",
+        "convnet_one_core_ratio",
     },
     "measure_devices.py": {
         "three_devices_s",

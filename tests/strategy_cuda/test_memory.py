@@ -138,9 +138,14 @@ def test_a_limit_is_kept_by_a_model_that_needs_the_cpu_for_it(gpu: Any, over: An
     options = {"placement": "even", "memory": {gpu.name: limit}}
     with pytest.raises(InfeasiblePlanError, match=f"on '{gpu.name}', which has {11 * scale**2}"):
         over([gpu.name], strategy=options, max_epochs=1).fit(Wide(8, rows, width=WIDTH * scale))
+
+    def wide(steps: int) -> Wide:
+        # With larger steps the loss grows, and rounding, which is another on a GPU, with it.
+        return Wide(8, rows, steps, lambda parameters: torch.optim.Adam(parameters, lr=1e-4), WIDTH * scale)
+
     for is_warm in (False, True):
         before = gpu.used_bytes(with_workspaces=True)
-        spread = Wide(8, rows, MEASURED + 8 if is_warm else 4, width=WIDTH * scale)
+        spread = wide(MEASURED + 8 if is_warm else 4)
         trainer = over(
             [gpu.name, "cpu"],
             strategy={**options, "profile": "always"},
@@ -153,7 +158,7 @@ def test_a_limit_is_kept_by_a_model_that_needs_the_cpu_for_it(gpu: Any, over: An
     told = f"{peak / MIB:.2f} MiB of {limit / MIB:.0f} with {on_gpu} on {gpu.name}"
     assert peak <= limit + (WORKSPACE_BYTES if gpu.is_real else 0), told
     assert on_gpu, told
-    single = Wide(8, rows, MEASURED + 8, width=WIDTH * scale)
+    single = wide(MEASURED + 8)
     alone("cpu", max_epochs=1).fit(single)
     assert spread.losses == pytest.approx(single.losses, rel=0, abs=1e-10)
 

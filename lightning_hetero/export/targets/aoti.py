@@ -34,9 +34,10 @@ class _Aoti(OnTorch):
 
     def load(self, file: Path, device: str, affinity: Mapping[str, str]) -> Run:
         place = check_torch_device(device, self.family)
+        index = -1 if place.index is None else place.index
         with without_chatter():
             try:
-                program = torch._inductor.aoti_load_package(str(file), device_index=place.index or -1)
+                program = torch._inductor.aoti_load_package(str(file), device_index=index)
             except RuntimeError as error:
                 raise TargetError(
                     f"target 'aoti:{device}' does not take {file.name}: {reason(error)}. It was compiled for one type "

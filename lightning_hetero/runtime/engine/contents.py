@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_hetero.runtime.transfer import version_of
+
 CONTAINERS = (list, dict, set, deque)
 # Objects of these packages are not looked into: a Trainer leads to everything.
 _FOREIGN = frozenset(
@@ -89,7 +91,7 @@ def content(value: Any, *, may_be_large: bool) -> Any:
         is_plain = value.layout is torch.strided and not (value.is_nested or value.is_quantized or value.is_meta)
         is_copied = is_plain and not isinstance(value, nn.Parameter)
         is_copied = is_copied and (may_be_large or value.numel() * value.element_size() <= _MOST_BYTES)
-        return version(value), value.detach().clone() if is_copied else None
+        return version_of(value), value.detach().clone() if is_copied else None
     if isinstance(value, CONTAINERS):
         return _copied(value)
     if isinstance(value, torch.Generator):
@@ -116,7 +118,7 @@ def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
     """
     if isinstance(value, Tensor):
         before, clone = kept
-        return version(value) == before if quickly or clone is None else equal(value, clone)
+        return version_of(value) == before if quickly or clone is None else equal(value, clone)
     if isinstance(value, CONTAINERS) and (len(value) != len(kept) or (quickly and len(kept) > LARGE)):
         return len(value) == len(kept)
     if isinstance(value, dict):
@@ -194,8 +196,3 @@ def _is_open(value: Any) -> bool:
 def is_users(cls: type) -> bool:
     """Whether a class is one of user code."""
     return cls.__module__.partition(".")[0] not in _FOREIGN
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; those of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version

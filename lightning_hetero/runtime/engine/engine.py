@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -49,6 +49,7 @@ _MOST_TRIES = 3  # of a region that changes something: it may be a cache, which 
 _MOST_VERDICTS = 64  # that a region keeps
 _TRIALS_AT_ONCE = 32  # that a region may have before its calls have to pay for them
 _CALLS_PER_TRIAL = 8
+_SHORT_S = 400e-6
 _DRAIN_S = 60.0
 _STUCK_S = 2.0  # for threads that did not end in time before
 
@@ -118,9 +119,6 @@ class Engine:
         stages = [list(run) for _, run in groupby(layout.blocks, key=lambda block: (block.device.name, block.shares))]
         self._stages = tuple(names.index(blocks[0].device.name) for blocks in stages)
         self._stage_of = {id(block.module): index for index, blocks in enumerate(stages) for block in blocks}
-        # As many as keep all devices at work, and one that is handed over: the bound of 1F1B.
-        # One for each device, and one that waits for it: more would only wake each other.
-        self.lanes_at_once = len(self._workers) + 1
         # Those that own no stage: schedules know owners only, and a replica wants work too.
         self.more_devices = len(self._workers) - len(set(self._stages))
         devices = [root, *(worker.torch_device for worker in self._workers.values())]
@@ -192,6 +190,19 @@ class Engine:
         if not countdown.wait(patience_s):
             self._is_stuck = True
             log.warning("lanes are still running after an interruption: %s", self._busy())
+
+    @property
+    def lanes_at_once(self) -> int:
+        """How many lanes of a region may be under way at once.
+
+        One for each device, and one that waits for it: more would only wake each other. And one in all where lanes do
+        the work themselves and each task is over sooner than a change of threads: they would do nothing but wait for
+        Python's interpreter, which every operation of torch lets go of.
+        """
+        workers = self._workers.values()
+        if all(worker.takes_help and 0 < worker.task_s < _SHORT_S for worker in workers):
+            return 1
+        return len(workers) + 1
 
     def pipeline(self, micro_batches: int) -> Pipeline:
         """The stages of the model, in order of definition, as schedules see them."""
@@ -281,7 +292,8 @@ class Engine:
     ) -> tuple[RegionCall, dict[torch.device, Tensor]] | None:
         """The call to make, and the states of the generators before it; None to run whole."""
         given = Tree((args, kwargs))
-        parameters = list(region.module.parameters())
+        modules = tuple(region.module.modules())  # once: torch goes through all of them for each question
+        parameters = _own(module._parameters for module in modules)
         # torch.func.functional_call puts other tensors in the place of parameters.
         if not all(parameter.is_leaf for parameter in parameters):
             self._note(region, "its parameters are computed from others")
@@ -290,14 +302,14 @@ class Engine:
             self._note(region, "its parameters are replaced for this call, and may not be there for its backward")
             return None
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        verdict = self._verdict(region, given, args, kwargs, trainable)
+        verdict = self._verdict(region, modules, given, args, kwargs, trainable)
         if verdict.cut is None:
             self._note(region, verdict.reason)
             return None
         rows = verdict.cut.rows(given.tensors)
         if rows is None:
             return None  # a batch of another shape than the one that was tried
-        normalised = list(filter(uses_batch, region.module.modules()))
+        normalised = list(filter(uses_batch, modules))
         parts = self.split(rows)
         if normalised and min(parts) < 2:  # a single value has no variance
             parts = split_rows(rows, min(self.micro_batches, rows // 2))
@@ -327,7 +339,7 @@ class Engine:
             rematerialized=trainable if self.rematerialize else None,
             traced=verdict.traced,
             upstream=verdict.upstream,
-            buffers=list(region.module.buffers()),
+            buffers=_own(module._buffers for module in modules),
         )
         return RegionCall(self, task), states
 
@@ -354,13 +366,14 @@ class Engine:
     def _verdict(
         self,
         region: Region,
+        modules: Sequence[nn.Module],
         given: Tree,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         trainable: Sequence[nn.Parameter],
     ) -> Verdict:
         key = (
-            region.keys.of(region.module, given, self._around()),
+            region.keys.of(modules, given, self._around()),
             tuple(map(id, trainable)) if self.rematerialize else (),
         )
         region.calls += 1
@@ -536,6 +549,11 @@ class Engine:
             place = below[-1] if below else None
         close()
         return tuple(links)
+
+
+def _own(found: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """The parameters or buffers of some modules, each once."""
+    return list({id(tensor): tensor for each in found for tensor in each.values() if tensor is not None}.values())
 
 
 def _dismiss(pool: LanePool, workers: Sequence[Worker]) -> None:

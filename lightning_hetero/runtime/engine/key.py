@@ -32,16 +32,15 @@ class Keys:
         self._values: dict[Hashable, set[Any]] = {}
         self._changing: dict[Hashable, _Changing] = {}
 
-    def of(self, module: nn.Module, given: Tree, around: Sequence[Hashable] = ()) -> Hashable:
+    def of(self, parts: Sequence[nn.Module], given: Tree, around: Sequence[Hashable] = ()) -> Hashable:
         """The key of a call.
 
         Args:
-            module: The region.
+            parts: The modules of the region.
             given: Its inputs.
             around: Other values that user code may decide by.
         """
         self._calls += 1
-        parts = tuple(module.modules())
         hooks = tuple((id(part), *(len(getattr(part, kind)) for kind in HOOKS)) for part in parts)
         flags = [
             self._flag((index, name), value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -165,12 +166,65 @@ class _Source:
                 self.home[key] = leaf.device
                 continue
             gradient = to_device(gradient, known.device)  # code on a replica may use the original too
-            if key in self._ours and not known.is_sparse:
+            # Autograd may hand out one tensor for two leaves (of y = a + b), and user code may keep what it returns. So
+            # the first sum is a new tensor, unless nobody else has the first gradient.
+            in_place = key in self._ours or (_has_one_owner(known) and _memory(gradient) is not None)
+            if in_place and not known.is_sparse:
                 known.add_(gradient)
             else:
-                # Autograd may hand out one tensor for two leaves (of y = a + b), so the first sum is a new tensor.
                 self.sums[key] = _plus(known, gradient)
                 self._ours.add(key)
+
+
+_CAN_TELL = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")  # torch does not document them
+
+
+def _references_to(base: Tensor) -> tuple[int, int]:
+    """References to the tensor that another is a view of: Python's, and torch's own."""
+    return sys.getrefcount(base), base._use_count()  # type: ignore[attr-defined]
+
+
+def _least_references() -> tuple[int, int]:
+    """Those to one that nobody has but its view; whether torch holds one of Python's depends on its release."""
+    view = torch.zeros(2, 2, device="cpu").t()
+    base = view._base
+    assert base is not None
+    return _references_to(base)
+
+
+_LEAST_REFERENCES = _least_references() if _CAN_TELL else (0, 0)
+_REFERENCES = 4  # to a gradient in `_sum`: in `sums`, `known`, the argument here, and that of `getrefcount`
+
+
+def _has_one_owner(gradient: Tensor) -> bool:
+    """Whether nothing but `_Source.sums` can reach a gradient's memory.
+
+    New memory for a large sum costs several times what the sum does.
+    """
+    if not _CAN_TELL or type(gradient) is not Tensor or gradient.layout is not torch.strided:
+        return False
+    storage = _memory(gradient)
+    if storage is None:
+        return False
+    owners = 2  # of the memory: the tensor, and `storage`
+    if (base := gradient._base) is not None:  # that of a linear layer's weight is the transpose of a product
+        if _references_to(base) != _LEAST_REFERENCES:
+            return False
+        owners += 1
+    return (
+        sys.getrefcount(gradient) <= _REFERENCES
+        and gradient._use_count() == 1  # type: ignore[attr-defined]
+        and torch._C._storage_Use_Count(storage._cdata) <= owners
+        and torch.ops.aten.is_non_overlapping_and_dense(gradient)  # that of `weight.sum()` is one number, seen often
+    )
+
+
+def _memory(tensor: Tensor) -> Any:
+    """Where its numbers are; None if it stands for many tensors, as in a vectorized Jacobian."""
+    try:
+        return tensor.untyped_storage()
+    except NotImplementedError:
+        return None
 
 
 def _plus(a: Tensor, b: Tensor) -> Tensor:

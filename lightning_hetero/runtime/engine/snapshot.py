@@ -11,6 +11,7 @@ from lightning_hetero.runtime.engine import contents
 from lightning_hetero.runtime.engine.contents import Thing
 from lightning_hetero.runtime.engine.names import names_of
 from lightning_hetero.runtime.engine.watch import HOOKS
+from lightning_hetero.runtime.transfer import version_of
 
 # What torch itself keeps in a module, or keeps elsewhere in this snapshot.
 _IGNORED = frozenset(
@@ -69,7 +70,7 @@ class Snapshot:
             if (hooks := getattr(each, key)) is not None
         ]
         self._versions = [
-            (f"{name}.{key}" if name else key, parameter, contents.version(parameter))
+            (f"{name}.{key}" if name else key, parameter, version_of(parameter))
             for name, each in self.modules
             for key, parameter in each._parameters.items()
             if parameter is not None
@@ -120,7 +121,7 @@ class Snapshot:
             if bound.put_back():
                 change = f"changes {bound.where}"
         for path, parameter, version in self._versions:
-            if contents.version(parameter) != version:
+            if version_of(parameter) != version:
                 change = f"changes the parameter {path!r}"
         return change
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_hetero.runtime.engine.contents import CONTAINERS, LARGE, content, is_same, version
+from lightning_hetero.runtime.engine.contents import CONTAINERS, LARGE, content, is_same
+from lightning_hetero.runtime.transfer import version_of
 
 # Kept by torch, and the same objects for all twins.
 _SHARED = frozenset({"_parameters", "_buffers", "_modules"})
@@ -109,11 +110,11 @@ class Contents:
 def _within(value: Any) -> Any:
     """What is in it, without a look at every item of a large one: this is done for each step."""
     if isinstance(value, Tensor):
-        return version(value)
+        return version_of(value)
     return content(value, may_be_large=True) if len(value) <= LARGE else len(value)
 
 
 def _is_as(value: Any, before: Any) -> bool:
     if isinstance(before, int):
-        return before == (version(value) if isinstance(value, Tensor) else len(value))
+        return before == (version_of(value) if isinstance(value, Tensor) else len(value))
     return is_same(value, before)

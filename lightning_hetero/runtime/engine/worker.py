@@ -20,6 +20,7 @@ from lightning_hetero.runtime.engine.record import Record, Recorder
 from lightning_hetero.runtime.engine.turns import Turns
 from lightning_hetero.schedule import Op
 
+_WEIGHT = 1 / 16  # of the last task in the mean of all
 _WORDS = {"F": "forward", "B": "backward"}
 
 
@@ -94,6 +95,7 @@ class Worker(threading.Thread):
 
     Attributes:
         busy_with: Op, unit and micro-batch of the task that runs now.
+        task_s: Seconds of a task that a lane has run, the mean of the last ones.
     """
 
     def __init__(self, device: str, torch_device: torch.device, threads: int, recorder: Recorder) -> None:
@@ -107,6 +109,7 @@ class Worker(threading.Thread):
         self._begun: queue.SimpleQueue[tuple[Task, Future] | None] = queue.SimpleQueue()  # None: stop
         self._ready = threading.Event()
         self.busy_with: tuple[str, str, int] | None = None
+        self.task_s = 0.0
 
     def start(self) -> None:
         """Start the thread, and wait until it is set up."""
@@ -143,10 +146,12 @@ class Worker(threading.Thread):
         if is_at_work():  # autograd came from the middle of one task to another one: what is held, nobody may wait for
             return task.run()
         self._turns.take(place, call, task.lane)
+        start_s = perf_counter()
         try:
             with AtWork(self.name), frames.random_numbers_arranged():
                 return self._run_one(task)
         finally:
+            self.task_s += _WEIGHT * (perf_counter() - start_s - self.task_s)
             self._turns.pass_on()
 
     def stop(self) -> None:
