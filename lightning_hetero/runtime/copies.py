@@ -51,6 +51,13 @@ def mark(device: torch.device) -> Mark | None:
     return None if streams is None else Mark(device, streams.record(streams.current(device)))
 
 
+def wait_for(moment: Mark) -> None:
+    """Let what this thread launches from now on, on the device of a mark, begin after that moment."""
+    streams = STREAMS.get(moment.device.type)
+    if streams is not None:
+        streams.current(moment.device).wait_event(moment.event)
+
+
 class UnderWay(NamedTuple):
     """A copy that may not be complete yet.
 

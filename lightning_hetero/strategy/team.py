@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,10 @@ from lightning_hetero.units import format_bytes
 TRAINING = "training"
 
 log = logging.getLogger(__name__)
+
+GRADIENTS_VARIABLE = "HETERO_GRADIENTS"
+"""Environment variable: "host" lets gradients go through host memory, whatever the devices are."""
+_BUCKETS_OF_FREE = 8  # times the size of all gradients has to be free for buckets to be on a device
 
 
 class Team:
@@ -132,7 +137,13 @@ class Team:
         self._parameters = list(model.parameters())
         if self._reducer is None:
             names = [name for name, _ in model.named_parameters()]
-            self._reducer = GradientReducer(self._parameters, self.group.gradients, names=names)
+            device = self._device_of_buckets()
+            between = self.group.between_devices(device)
+            if between is not None:
+                log.info("gradients go from %s to those of the other processes, not through host memory", device)
+            self._reducer = GradientReducer(
+                self._parameters, self.group.gradients, names=names, device=device, between_devices=between
+            )
         else:  # a new one would want to hear of the others, who may not have changed their plans
             self._reducer.exchange(self._parameters)
         self._let_go()
@@ -140,6 +151,19 @@ class Team:
             self._hooks = [
                 p.register_post_accumulate_grad_hook(self._note_backward) for p in self._parameters if p.requires_grad
             ]
+
+    def _device_of_buckets(self) -> torch.device | None:
+        """Where gradients may be added up without host memory: the only device with parameters, if it has the room."""
+        devices = {parameter.device for parameter in self._parameters}
+        if len(devices) != 1 or os.environ.get(GRADIENTS_VARIABLE, "") == "host":
+            return None
+        (device,) = devices
+        if device.type == "cpu":
+            return None
+        # No plan counts the buckets, which take as much as the gradients.
+        ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+        free_bytes = 0 if ask is None else ask(device)[0]
+        return device if _BUCKETS_OF_FREE * self._gradient_bytes <= free_bytes else None
 
     def _let_go(self) -> None:
         hooks, self._hooks = self._hooks, []

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import device_backend
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,10 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
     if "pipeline" in name and size > 1:  # each process drives several devices of its own, and not the same ones
         devices = ",".join(["cpu@speed=1"] * (2 + rank))
         strategy = {"placement": "even", "micro_batches": 2, **strategy}
+    if "devices" in name and size > 1:  # one accelerator each, which exchange gradients by themselves if they can
+        device_backend.register(broken="broken" in name)
+        devices = "cpu" if "mixed" in name and rank else install_accelerator().devices[rank]
+        strategy = {"placement": "single", **strategy}
     if "accelerator" in name and size > 1:
         devices = f"cpu,{install_accelerator().devices[rank]}"
         strategy = {"placement": "round_robin", **strategy}
@@ -176,6 +181,7 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
     torch.manual_seed(3 + rank)
     batch_size = 1 if "single" in name else 10
     own = "own-part" in name
+    device_backend.sums.clear()
     trainer.fit(model, own_part(rank, size) if own else loader(batch_size, shuffle=True), None if own else loader(7))
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -192,6 +198,7 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
         "metrics": metrics,
         "losses": steps.losses,
         "predictions": predictions,
+        "sums": list(device_backend.sums),
     }
 
 

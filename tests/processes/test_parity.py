@@ -24,6 +24,10 @@ JOBS = {
         "third-pipeline-measured",
         "third-norm-again",
         "third-accelerator",
+        "even-devices",
+        "third-devices-accumulate-norm",
+        "even-devices-mixed",
+        "even-devices-broken",
         "own-part",
     ],
     3: ["even-accumulate-norm", "five", "five-norm", "five-single"],
@@ -74,3 +78,15 @@ def test_unequal_processes_get_unequal_parts(several: dict[str, list[dict[str, A
             continue
         for got, share in zip(rows, shares, strict=True):
             assert abs(got - jobs.ROWS * share / sum(shares)) <= 1, (name, rows)
+
+
+def test_devices_of_one_type_exchange_gradients_without_host_memory(several: dict[str, list[dict[str, Any]]]) -> None:
+    for name, ranks in several.items():
+        for result in ranks:
+            summed = result.get("sums", [])
+            if "devices" not in name or "mixed" in name or "broken" in name:
+                assert not summed, name
+            else:
+                assert summed[0] == 2, name  # a trial, then a bucket for each step of the optimizer
+                assert len(set(summed[1:])) == 1, name
+                assert len(summed) > 10, name

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.errors import UnsupportedError, UsageError
+from lightning_hetero.runtime.copies import Mark, mark, wait_for
 
 _WIRE = {
     torch.float64: torch.float64,
@@ -77,6 +78,7 @@ class Slot:
         self._seen: tuple[Tensor | None, int, int] | None = None
         self._values: Tensor | None = None
         self._flag: Tensor | None = None
+        self._packed_at: Mark | None = None
 
     @property
     def words(self) -> int:
@@ -128,7 +130,14 @@ class Slot:
             self.check()
             self._values.copy_(grad.detach() if grad.requires_grad else grad)  # it does with create_graph
             self._flag.fill_(1)
+        self._packed_at = mark(self._values.device)
         self._seen = seen
+
+    def arrive(self) -> None:
+        """Let what this thread launches on the buffer's device wait for what `pack` has launched in another one."""
+        if self._packed_at is not None:
+            wait_for(self._packed_at)
+            self._packed_at = None
 
     @property
     def is_packed(self) -> bool:
@@ -155,9 +164,15 @@ class Slot:
 
 
 class Bucket:
-    """A flat buffer in host memory: gradients, one presence flag for each, and spare words at the end.
+    """A flat buffer: gradients, one presence flag for each, and spare words at the end.
 
     Sums of flags need no exactness: they grow from zero and never come back to it, in any dtype.
+
+    Args:
+        slots: The parameters in it.
+        dtype: Theirs.
+        spare: How many spare words.
+        device: Where the buffer is: host memory, or that of an accelerator.
 
     Attributes:
         slots: The parameters in it.
@@ -166,13 +181,16 @@ class Bucket:
         flat: The buffer, or None while it is not needed.
     """
 
-    def __init__(self, slots: Sequence[Slot], dtype: torch.dtype, spare: int = 0) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], dtype: torch.dtype, spare: int = 0, device: torch.device | None = None
+    ) -> None:
         self.slots = tuple(slots)
         self.missing = len(self.slots)
         self.empty = False
         self.flat: Tensor | None = None
         self._dtype = wire_dtype(dtype)
         self._spare = spare
+        self._device = device or torch.device("cpu")
 
     def allocate(self) -> Tensor:
         """The buffer, made if there is none."""
@@ -180,9 +198,11 @@ class Bucket:
             sizes = [slot.words for slot in self.slots]
             begin = sum(sizes)
             total = begin + len(sizes) + self._spare
-            self.flat = torch.zeros(total, dtype=self._dtype, device="cpu")
-            for index, (slot, values) in enumerate(zip(self.slots, self.flat[:begin].split(sizes), strict=True)):
-                slot.lend(values, self.flat[begin + index])
+            self.flat = torch.zeros(total, dtype=self._dtype, device=self._device)
+            offset = 0
+            for index, (slot, size) in enumerate(zip(self.slots, sizes, strict=True)):
+                slot.lend(self.flat[offset : offset + size], self.flat[begin + index])
+                offset += size
         return self.flat
 
     def free(self) -> None:

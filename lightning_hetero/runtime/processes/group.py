@@ -1,10 +1,12 @@
 """The processes of a run: how they find each other, and what they say together.
 
-Everything goes through host memory and gloo, which joins processes whose devices have nothing in common.
+What they say goes through host memory and gloo, which joins processes whose devices have nothing in common, and notices
+soon when one of them is gone. Gradients may go from device to device where all devices are of one type.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 import threading
@@ -22,6 +24,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from lightning_hetero.errors import ProcessError, UsageError
 from lightning_hetero.runtime.processes.interface import interface_to, listening_on, loopback
+
+log = logging.getLogger(__name__)
 
 LEAVING_S = 5.0
 """How long a process that failed waits for its connections to close."""
@@ -92,6 +96,7 @@ class Group:
         self._excepthook: Any = None
         self._interface: str | None = None
         self._subgroups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._device_groups: list[Any] = []
         self.waited_s = 0.0
         self.gradients: dist.ProcessGroup | None = None
         self.statistics: dist.ProcessGroup | None = None
@@ -153,6 +158,7 @@ class Group:
                 sys.excepthook = self._excepthook
         self.gradients = self.statistics = self.control = None
         self._subgroups.clear()
+        self._device_groups.clear()
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -173,6 +179,42 @@ class Group:
                     list(ranks), backend="gloo", timeout=self._timeout, use_local_synchronization=True
                 )
         return self._subgroups[ranks]
+
+    def between_devices(self, device: torch.device | None) -> dist.ProcessGroup | None:
+        """A group of torch that sums what is on accelerators, without host memory; all ranks have to call this.
+
+        Args:
+            device: The only one with parameters in this process; None if there are several.
+
+        Returns:
+            None unless all ranks have an accelerator of one type, for which torch has a backend (NCCL for CUDA), and
+            a first sum comes out right everywhere.
+        """
+        mine = backend_between(device)
+        if any(not other or other != mine for other in self.gather(mine)):
+            return None
+        assert device is not None
+        group, failure = None, ""
+        try:
+            with self._listening():  # NCCL opens connections at the first sum only
+                group = dist.new_group(backend=mine, timeout=self._timeout)
+                probe = torch.ones(2, device=device)
+                dist.all_reduce(probe, group=group)
+                if probe.tolist() != [self.size] * 2:
+                    failure = f"a sum of {self.size} ones was {probe.tolist()}"
+        except Exception as error:  # drivers and networks have many ways to fail
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        with self.answered("when gradients were to go from device to device (HETERO_GRADIENTS=host avoids that)"):
+            failures = self.gather(failure)
+        if any(failures):
+            rank, said = next((rank, said) for rank, said in enumerate(failures) if said)
+            log.warning(
+                "gradients go through host memory, since %s does not work between the devices (process %d: %s)",
+                mine, rank, said,
+            )  # fmt: skip
+            return None
+        self._device_groups.append(group)
+        return group
 
     # Exchanges
 
@@ -220,11 +262,11 @@ class Group:
     def broadcast_tensors(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Overwrite tensors, of the same shapes on all ranks, by those of one rank."""
         with torch.no_grad(), self.answered("while the model was handed out"):
-            for tensor in map(_without_repetition, tensors):
+            for tensor in tensors:
                 host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).reshape(-1)
                 # gloo knows few types of numbers, and bytes are bytes.
                 dist.broadcast(host.view(torch.uint8), source)
-                tensor.copy_(host.view(tensor.shape))
+                _write(tensor, host.view(tensor.shape))
 
     # Failure
 
@@ -234,6 +276,9 @@ class Group:
             words = f"{type(error).__name__}: {error}".removesuffix(": ").splitlines()[0][:500]
             store, key = self._store, f"cause/{self.rank}"
             _in_time(lambda: store.set(key, words), NAMING_S)
+        for group in self._device_groups:  # sums that nobody will ever complete would hold up the device
+            with suppress(Exception):
+                dist.distributed_c10d._abort_process_group(group)
         # gloo cannot cancel a sum: it may hold this up until its timeout, and the error is not to wait for that.
         leaving = threading.Thread(target=self.close, name="leave-processes", daemon=True)
         leaving.start()
@@ -294,6 +339,16 @@ class Group:
         return True
 
 
+def backend_between(device: torch.device | None) -> str:
+    """Name of torch's backend for sums between devices of that type; empty if there is none, as for the CPU."""
+    if device is None or device.type == "cpu":
+        return ""
+    name = str(dist.Backend.default_device_backend_map.get(device.type, ""))
+    if name == "nccl" and not dist.is_nccl_available():
+        return ""
+    return "" if name == "gloo" else name
+
+
 def _meeting(address: Address, timeout_s: float) -> Store:
     """The store through which the processes find each other, with a name space of its own for each time it is opened.
 
@@ -326,12 +381,15 @@ def _meeting(address: Address, timeout_s: float) -> Store:
     return PrefixStore(f"hetero/{address.attempt}/{_opened[key]}", _stores[key])
 
 
-def _without_repetition(tensor: Tensor) -> Tensor:
-    """The numbers of an expanded tensor, each of which stands in one place of memory, once."""
+def _write(tensor: Tensor, values: Tensor) -> None:
+    """Overwrite a tensor. Each number of an expanded one stands in one place of memory, and is written there once.
+
+    A tensor that is expanded in one process may not be so in another: a copy to an accelerator is not.
+    """
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)
 
 
 def _in_time(ask: Callable[[], Answer], limit_s: float) -> Answer | None:

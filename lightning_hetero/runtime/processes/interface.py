@@ -16,22 +16,21 @@ from contextlib import contextmanager
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-VARIABLE = "GLOO_SOCKET_IFNAME"
+VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 LOOPBACK = "lo"
 _SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 
 
 @contextmanager
 def listening_on(name: str | None) -> Iterator[None]:
-    """Let gloo listen on this interface only, unless the user says otherwise; None leaves the choice to gloo."""
-    if name is None or VARIABLE in os.environ:
-        yield
-        return
-    os.environ[VARIABLE] = name
+    """Let gloo and NCCL listen on this interface only, unless the user says otherwise; None leaves them the choice."""
+    chosen = [variable for variable in VARIABLES if name is not None and variable not in os.environ]
+    os.environ.update(dict.fromkeys(chosen, name or ""))
     try:
         yield
     finally:
-        del os.environ[VARIABLE]
+        for variable in chosen:
+            del os.environ[variable]
 
 
 def loopback() -> str | None:

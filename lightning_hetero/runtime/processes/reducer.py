@@ -43,6 +43,8 @@ class GradientReducer:
         *,
         names: Iterable[str] = (),
         bucket_bytes: int = 25 * 2**20,
+        device: torch.device | None = None,
+        between_devices: dist.ProcessGroup | None = None,
     ) -> None:
         """Make the buckets; nothing is exchanged yet.
 
@@ -51,6 +53,9 @@ class GradientReducer:
             group: A gloo group of torch, or None for its default group.
             names: Of the parameters, for messages.
             bucket_bytes: A bucket is full when it holds that much.
+            device: The accelerator on which all parameters of this rank are, if the buckets are to be there.
+            between_devices: With `device`, on all ranks: a group that sums what is on accelerators. What ranks tell
+                each other besides goes through `group`, which notices soon when one of them is gone.
 
         Raises:
             UsageError: torch.distributed is not open, or a lazy parameter has no shape yet.
@@ -65,12 +70,16 @@ class GradientReducer:
         # What cannot have a gradient (quantised integers) takes no part.
         self._slots = [slot for slot in slots if slot.parameter.is_floating_point() or slot.parameter.is_complex()]
         groups = compose([slot.parameter for slot in self._slots], bucket_bytes)
+        device = None if between_devices is None else device
+        if device is not None and groups:
+            groups.append([])  # the words of the last bucket go through host memory
         self._buckets: list[Bucket] = []
         for number, indices in enumerate(groups):
             spare = len(groups) if number == len(groups) - 1 else 0  # one word per other bucket, one for problems
             members = [self._slots[index] for index in indices]
-            self._buckets.append(Bucket(members, members[0].parameter.dtype, spare))
-        self._sums = Sums(group)
+            dtype = members[0].parameter.dtype if members else torch.float32
+            self._buckets.append(Bucket(members, dtype, spare, device if members else None))
+        self._sums = Sums(group, between_devices)
         self._verified = False
         self._closed = False
         self._problem: HeteroError | None = None
@@ -190,10 +199,15 @@ class GradientReducer:
                 return
             if not bucket.empty:
                 try:
-                    self._sums.start(self._next, bucket.allocate())
+                    self._start(self._next, bucket.allocate())
                 except ProcessError:  # not through the user's backward: `finish` raises it
                     return
             self._next += 1
+
+    def _start(self, number: int, flat: Tensor) -> None:
+        for slot in self._buckets[number].slots:
+            slot.arrive()
+        self._sums.start(number, flat)
 
     def _stop_watching(self) -> None:
         with self._changed:
@@ -218,11 +232,11 @@ class GradientReducer:
             elif bucket.empty:
                 again.append(any(slot.parameter.grad is not None for slot in bucket.slots))
             else:
-                self._sums.start(number, self._pack(bucket))
+                self._start(number, self._pack(bucket))
                 again.append(False)
         flat = self._pack(self._buckets[last])
         self._buckets[last].spare.copy_(torch.tensor([*again, self._problem is not None]))
-        self._sums.start(last, flat)
+        self._start(last, flat)
         self._sums.wait()
         *repeat, problem = (flag > 0 for flag in self._buckets[last].spare.tolist())
         if problem:
@@ -230,7 +244,7 @@ class GradientReducer:
         for number in others:
             if repeat[number]:
                 self.resent += not self._buckets[number].empty
-                self._sums.start(number, self._pack(self._buckets[number], again=True))
+                self._start(number, self._pack(self._buckets[number], again=True))
         self._sums.wait()
         if any(repeat) and any(self._sums.gather(self._problem is not None)):
             self._raise_together()

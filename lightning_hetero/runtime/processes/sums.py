@@ -18,12 +18,17 @@ Signature = Sequence[tuple[str, tuple[int, ...], str]]
 class Sums:
     """Sums of tensors over the ranks of a group. All ranks start the same ones in the same order.
 
+    Args:
+        group: For tensors in host memory, and for plain data.
+        between_devices: For tensors on accelerators, of the same ranks; None if there are none.
+
     Attributes:
         lost: The first failure. Nothing can be summed afterwards: the ranks are out of step.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, between_devices: dist.ProcessGroup | None = None) -> None:
         self._group = group
+        self._between_devices = between_devices
         self._works: dict[int, dist.Work] = {}
         self.lost: ProcessError | None = None
 
@@ -33,18 +38,19 @@ class Sums:
         return frozenset(self._works)
 
     def start(self, number: int, tensor: Tensor) -> None:
-        """Replace a host tensor by its sum, in the background.
+        """Replace a tensor by its sum, in the background.
 
         Raises:
             ProcessError: Another process does not answer, as far as is known now.
         """
         with self._answered():
-            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+            group = self._group if tensor.is_cpu else self._between_devices
+            work = dist.all_reduce(tensor, group=group, async_op=True)
         assert work is not None
         self._works[number] = work
 
     def wait(self) -> None:
-        """Wait for all sums.
+        """Wait for all sums. For those on accelerators, what this thread launches there waits.
 
         Raises:
             ProcessError: Another process does not answer.
