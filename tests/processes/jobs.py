@@ -184,9 +184,9 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
     device_backend.sums.clear()
     trainer.fit(model, own_part(rank, size) if own else loader(batch_size, shuffle=True), None if own else loader(7))
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state = {key: value.cpu().clone() for key, value in model.state_dict().items()}
     assert steps.gradient is not None
-    state["gradients without an optimizer"] = steps.gradient
+    state["gradients without an optimizer"] = steps.gradient.cpu()
     if own:
         return {"state": state, "seen": model.seen, "metrics": metrics, "losses": steps.losses, "predictions": []}
     trainer.test(model, loader(9), verbose=False)
@@ -197,7 +197,7 @@ def run(name: str, size: int = 1, **strategy: Any) -> dict[str, Any]:
         "seen": model.seen,
         "metrics": metrics,
         "losses": steps.losses,
-        "predictions": predictions,
+        "predictions": [None if rows is None else rows.cpu() for rows in predictions],
         "sums": list(device_backend.sums),
     }
 
