@@ -186,7 +186,8 @@ def _references_to(base: Tensor) -> tuple[int, int]:
 
 def _least_references() -> tuple[int, int]:
     """Those to one that nobody has but its view; whether torch holds one of Python's depends on its release."""
-    view = torch.zeros(2, 2, device="cpu").t()
+    with torch.inference_mode(False):
+        view = torch.zeros(2, 2, device="cpu").t()
     base = view._base
     assert base is not None
     return _references_to(base)

@@ -151,7 +151,8 @@ class Worker(threading.Thread):
             with AtWork(self.name), frames.random_numbers_arranged():
                 return self._run_one(task)
         finally:
-            self.task_s += _WEIGHT * (perf_counter() - start_s - self.task_s)
+            taken_s = perf_counter() - start_s
+            self.task_s += _WEIGHT * (taken_s - self.task_s) if self.task_s else taken_s
             self._turns.pass_on()
 
     def stop(self) -> None:
