@@ -198,6 +198,7 @@ class Group:
         try:
             with self._listening():  # NCCL opens connections at the first sum only
                 group = dist.new_group(backend=mine, timeout=self._timeout)
+                self._device_groups.append(group)  # before it is of use: what hangs in it has to be aborted, too
                 probe = torch.ones(2, device=device)
                 dist.all_reduce(probe, group=group)
                 if probe.tolist() != [self.size] * 2:
@@ -213,7 +214,6 @@ class Group:
                 mine, rank, said,
             )  # fmt: skip
             return None
-        self._device_groups.append(group)
         return group
 
     # Exchanges
