@@ -24,7 +24,7 @@ from lightning_hetero.profile.recording import Recording
 log = logging.getLogger(__name__)
 
 _FORMAT = "lightning_hetero profile"
-_VERSION = 3
+_VERSION = 4
 # What a plan may use of a device changes from hour to hour, and its seconds do not.
 _FREE = {"memory_bytes", "total_memory_bytes"}
 # Measured anew in every run, a little different each time.

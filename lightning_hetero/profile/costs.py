@@ -122,6 +122,7 @@ class Flow:
             All else passes through the root device.
         has_gradient: Whether as much comes back in the backward.
         taken_before_by: The unit that took the same tensors first, if it was not this call; None if nobody did.
+        made_inside: The module whose own code made them; "" for units, the model itself, and what nobody knows.
     """
 
     source: str
@@ -130,6 +131,7 @@ class Flow:
     chained: bool = False
     has_gradient: bool = True
     taken_before_by: str | None = None
+    made_inside: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,7 +256,7 @@ class Recording:
         self._since_s = time.perf_counter()
 
     def _enter_module(self, chain: bool, name: str, args: Any, kwargs: Any) -> None:
-        self._tracker.enter_module(chain)
+        self._tracker.enter_module(name, tensors_in((args, kwargs)), chain=chain)
         self.own_code.modules.append(name)
 
     def _leave_module(self, output: Any) -> None:

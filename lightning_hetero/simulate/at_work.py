@@ -215,7 +215,7 @@ def _kept(
         stays = here == there and (here == costs.root or inside)
         if flow.target >= 0:
             piece = piece_of[flow.target]
-            enters = piece >= 0 and (flow.source < 0 or piece_of[flow.source] != piece)
+            enters = piece >= 0 and piece != _piece_of_maker(costs, flow, piece_of)
             again = stays and flow.taken_before >= 0 and where[flow.taken_before] == there
             again = again and piece_of[flow.taken_before] in (-1, piece)
             saved = stays and flow.source >= 0 and piece_of[flow.source] in (-1, piece) and _saves_output(costs, flow)
@@ -240,6 +240,14 @@ def _kept(
         entering[unit] = sum((size for size, saved in flows if not saved), entering[unit])
         kept[unit] = sum((size for size, saved in flows if not saved), kept[unit])
     return kept, [sum((size for size, _ in flows), Line()) for flows in leaving], passing, entering
+
+
+def _piece_of_maker(costs: Costs, flow: Flow, piece_of: list[int]) -> int:
+    """The piece that makes what flows; -1 for none."""
+    if flow.source >= 0:
+        return piece_of[flow.source]
+    # Of a tensor without gradient nobody knows whether it was made there: a mask may be an attribute of long ago.
+    return _piece_around(costs, flow.made_inside, flow.target, piece_of) if flow.has_gradient else -1
 
 
 def _saved_share(costs: Costs, flow: Flow) -> float:

@@ -28,6 +28,7 @@ class Flow(NamedTuple):
     has_gradient: bool
     around: int
     taken_before: int = -1
+    made_inside: int = -1
 
 
 class Code(NamedTuple):
@@ -197,6 +198,7 @@ class Costs:
         """The units below each module that flowing units have in common; if they share a device, it is a block."""
         names = self.graph.names
         prefixes = dict.fromkeys(_common(flow.source, flow.target) for flow in self.profile.flows)
+        prefixes |= dict.fromkeys(flow.made_inside for flow in self.profile.flows)
         prefixes |= dict.fromkeys(code.around for code in self.profile.code)
         prefixes |= dict.fromkeys(wait.around for wait in self.profile.waiting)
         self._prefix_of = {prefix: index for index, prefix in enumerate(prefixes)}
@@ -215,6 +217,7 @@ class Costs:
                     flow.has_gradient and self.training,
                     self._around(_common(flow.source, flow.target)),
                     self.index_of.get(flow.taken_before_by or "", -1),
+                    self._around(flow.made_inside),
                 )
             )
         return found

@@ -87,8 +87,13 @@ def peaks(
     micro_batches: int,
     checkpointed: Sequence[str],
     accelerator: EmulatedAccelerator,
+    accumulate: int = 1,
 ) -> tuple[dict[str, int], list[str]]:
-    """The most that three steps of Adam took on each device, and what ran again."""
+    """The most that three steps of Adam took on each device, and what ran again.
+
+    Args:
+        accumulate: Batches of which gradients are added up for a step.
+    """
     inventory = resolve_devices(",".join(accelerator.devices))
     module = torch.get_device_module(accelerator.name)
     gc.collect()
@@ -107,11 +112,13 @@ def peaks(
         activate(reconciler)
     try:
         optimizer = torch.optim.Adam(model.parameters())
-        for _ in range(3):
+        for batch in range(3 * accumulate):
             loss = model(torch.ones(shape, device=accelerator.devices[0])).square().sum()
-            optimizer.zero_grad()
+            if batch % accumulate == 0:
+                optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            if (batch + 1) % accumulate == 0:
+                optimizer.step()
             del loss
         found = enumerate(accelerator.devices)
         return {name: accelerator.stats(index).peak_bytes - before[index] for index, name in found}, layers
@@ -148,6 +155,7 @@ def test_no_checkpointed_plan_takes_more_than_predicted(kind: str, accelerator: 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
 def test_predicted_savings_are_real(kind: str, accelerator: EmulatedAccelerator) -> None:
+    """A prediction does not know whether gradients are accumulated, and has to hold where those of before are there."""
     accelerator.reset()
     model, shape = nn.Sequential(*MODELS[kind]()), batch_of(kind)
     costs = measured(model, shape, accelerator)
@@ -156,9 +164,10 @@ def test_predicted_savings_are_real(kind: str, accelerator: EmulatedAccelerator)
     plain, again = (predict(costs, device_of, Execution(), checkpointed=chosen).forecast for chosen in ((), names))
     (plain_bytes, again_bytes) = (forecast.devices[1].memory_bytes for forecast in (plain, again))
     measured_plain, measured_again = (
-        peaks(model, shape, device_of, 1, chosen, accelerator)[0][device] for chosen in ((), names)
+        peaks(model, shape, device_of, 1, chosen, accelerator, accumulate=2)[0][device] for chosen in ((), names)
     )
     assert 0 < plain_bytes - again_bytes <= (measured_plain - measured_again) * 1.1
-    assert again_bytes <= 1.35 * measured_again
+    assert measured_again - SMALL_BYTES <= again_bytes <= 1.1 * measured_again
+    assert again_bytes <= 1.2 * peaks(model, shape, device_of, 1, names, accelerator)[0][device]
     forward_s = sum(costs.seconds(ROWS).forward_s[1])
     assert again.step_s == pytest.approx(plain.step_s + forward_s)
