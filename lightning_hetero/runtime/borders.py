@@ -115,12 +115,18 @@ class LeaveSplit(Hook):
 
 def enters_by(module: nn.Module) -> torch.device | None:
     """Where `EnterBlock` brings the inputs of a module; None if it has no such hook."""
-    return next((hook.device for hook in module._forward_pre_hooks.values() if isinstance(hook, EnterBlock)), None)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, EnterBlock):
+            return hook.device
+    return None
 
 
 def leaves_by(module: nn.Module) -> torch.device | None:
     """Where `LeaveBlock` brings the outputs of a module; None if it has no such hook."""
-    return next((hook.root for hook in module._forward_hooks.values() if isinstance(hook, LeaveBlock)), None)
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, LeaveBlock):
+            return hook.root
+    return None
 
 
 def _carry_in(tensor: Tensor, device: torch.device) -> Tensor:

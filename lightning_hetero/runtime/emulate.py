@@ -119,8 +119,8 @@ class Meter(threading.local):
 
     def pay(self) -> None:
         """Sleep what has come together since the last time."""
-        debt_s, self._debt_s = self._debt_s, 0.0
-        if debt_s:
+        if debt_s := self._debt_s:
+            self._debt_s = 0.0
             self._sleep(debt_s)
             self._start_clock()
 

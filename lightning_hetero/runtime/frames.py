@@ -32,20 +32,23 @@ class Frame:
     copied: list[Copied] = field(default_factory=list)
 
 
-class _Local(threading.local):
+class _Here(threading.local):
+    at_work = False  # for a device: whether it runs one of its tasks, or is there for nothing else
+    arranged = False
+    keeps_activations = False
+    micro_batch = 0
+
     def __init__(self) -> None:
         self.frames: list[Frame] = []
-        self.arranged = False
-        self.keeps_activations = False
-        self.micro_batch = 0
 
 
-_LOCAL = _Local()
+HERE = _Here()
+"""What this thread is in the middle of, for those who ask for each task of a device; others have the functions."""
 
 
 def push(frame: Frame) -> None:
     """Enter a module."""
-    _LOCAL.frames.append(frame)
+    HERE.frames.append(frame)
 
 
 def pop(owner: int) -> Frame | None:
@@ -53,7 +56,7 @@ def pop(owner: int) -> Frame | None:
 
     Frames above it belong to calls that ended without leaving, through an exception in somebody's hook.
     """
-    frames = _LOCAL.frames
+    frames = HERE.frames
     for depth in range(len(frames) - 1, -1, -1):
         if frames[depth].owner == owner:
             frame = frames[depth]
@@ -64,17 +67,17 @@ def pop(owner: int) -> Frame | None:
 
 def top() -> Frame | None:
     """The innermost running module, or None in user code outside of any."""
-    return _LOCAL.frames[-1] if _LOCAL.frames else None
+    return HERE.frames[-1] if HERE.frames else None
 
 
 def depth() -> int:
     """How many modules this thread is in."""
-    return len(_LOCAL.frames)
+    return len(HERE.frames)
 
 
 def cut_to(depth: int) -> None:
     """Leave modules until `depth` are left."""
-    del _LOCAL.frames[depth:]
+    del HERE.frames[depth:]
 
 
 class Balanced:
@@ -107,10 +110,10 @@ class RandomNumbersArranged:
     __slots__ = ("_before",)
 
     def __enter__(self) -> None:
-        self._before, _LOCAL.arranged = _LOCAL.arranged, True
+        self._before, HERE.arranged = HERE.arranged, True
 
     def __exit__(self, *failure: object) -> None:
-        _LOCAL.arranged = self._before
+        HERE.arranged = self._before
 
 
 def random_numbers_arranged() -> RandomNumbersArranged:
@@ -119,30 +122,25 @@ def random_numbers_arranged() -> RandomNumbersArranged:
 
 
 def are_random_numbers_arranged() -> bool:
-    """Whether this thread is within `random_numbers_arranged`."""
-    return _LOCAL.arranged
+    """Whether this thread is within `random_numbers_arranged`, or works for a device, where lanes see to it."""
+    return HERE.arranged or HERE.at_work
 
 
 @contextmanager
 def activations_kept() -> Iterator[None]:
     """Within the block, nothing is left out of what autograd keeps: a few rows are tried out, and no step runs."""
-    before, _LOCAL.keeps_activations = _LOCAL.keeps_activations, True
+    before, HERE.keeps_activations = HERE.keeps_activations, True
     try:
         yield
     finally:
-        _LOCAL.keeps_activations = before
+        HERE.keeps_activations = before
 
 
 def are_activations_kept() -> bool:
     """Whether this thread is within `activations_kept`."""
-    return _LOCAL.keeps_activations
-
-
-def begin_micro_batch(index: int) -> None:
-    """Say which micro-batch this thread works for."""
-    _LOCAL.micro_batch = index
+    return HERE.keeps_activations
 
 
 def micro_batch() -> int:
     """The micro-batch that this thread works for."""
-    return _LOCAL.micro_batch
+    return HERE.micro_batch

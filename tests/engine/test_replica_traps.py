@@ -165,7 +165,7 @@ def test_parameters_that_are_replaced_are_followed_and_let_go(spread: Spread) ->
 
         each(both, replace)
         train(both)
-    assert {len(copies.home) for copies in both.engine._copies.values()} == {0, 4}
+    assert {len(copies.home) for copies in both.engine.interceptions.copies.values()} == {0, 4}
 
 
 def test_another_dtype_and_back(spread: Spread) -> None:
@@ -177,7 +177,7 @@ def test_another_dtype_and_back(spread: Spread) -> None:
         assert both.relative_difference < 1e-5
         both.model.double(), both.alone.double()
     assert both.calls == 6
-    assert {len(copies.home) for copies in both.engine._copies.values()} == {0, 4}
+    assert {len(copies.home) for copies in both.engine.interceptions.copies.values()} == {0, 4}
 
 
 def test_a_change_between_forward_and_backward_is_what_it_is_on_one_device(spread: Spread) -> None:
@@ -588,7 +588,7 @@ def test_nothing_is_left_when_the_run_ends(devices: str, names: tuple[str, ...])
     kept = [weakref.ref(output), weakref.ref(placed.engine)]
     del output
     assert kept[0]() is None
-    seats, copies = placed.engine._seats, placed.engine._copies.values()
+    seats, copies = placed.engine.interceptions.seats, placed.engine.interceptions.copies.values()
     kept += [weakref.ref(part) for seat in seats for twin in seat.twins for part in twin.modules()]
     kept += [weakref.ref(copied.of(original)) for copied in copies for original in copied.home.values()]
     assert len(kept) == 2 + 2 * 4 + 2 * 4

@@ -51,7 +51,7 @@ def devices() -> str:
 
 
 def let_tasks_take(both: Any, seconds: float) -> None:
-    for worker in both.engine._workers.values():
+    for worker in both.engine.threads.workers.values():
         worker.task_s = seconds
 
 
@@ -59,8 +59,8 @@ def test_long_tasks_are_known_by_their_time(pair: MakePair) -> None:
     both = pair(nn.Sequential(Rest(8, 8), Rest(8, 8), Rest(8, 8)), dict(zip("012", WHERE.values(), strict=True)))
     for _ in range(4):
         both.step(lambda model: model(torch.randn(8, 8)).pow(2).mean())
-    assert all(worker.task_s > 0.001 for worker in both.engine._workers.values())
-    assert both.engine.lanes_at_once == ALL
+    assert all(worker.task_s > 0.001 for worker in both.engine.threads.workers.values())
+    assert both.engine.threads.lanes_at_once == ALL
 
 
 @pytest.mark.parametrize(("seconds", "lanes"), [(1e-5, 1), (0.1, ALL)])
@@ -69,7 +69,7 @@ def test_so_many_lanes_are_under_way(pair: MakePair, seconds: float, lanes: int)
     both = pair(Between(lambda model, x: company(model, x), c=nn.Linear(8, 8)), WHERE, micro_batches=8)
     both.step(lambda model: model(torch.randn(16, 8)).pow(2).mean())  # tries whether it may be cut
     let_tasks_take(both, seconds)
-    assert both.engine.lanes_at_once == lanes
+    assert both.engine.threads.lanes_at_once == lanes
     company.most = 0
     both.model(torch.randn(16, 8))
     assert company.most <= lanes

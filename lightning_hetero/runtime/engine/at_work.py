@@ -1,41 +1,34 @@
-"""Whether this thread works for a device: code of units then runs where it is, and calls of units do not leave it."""
+"""A thread at work for a device: code of units then runs where it is, and calls of units do not leave it."""
 
 from __future__ import annotations
 
 import threading
+from typing import Any
+
+from lightning_hetero.runtime.frames import HERE
 
 
-class _Local(threading.local):
-    is_at_work = False
+def begin_work(name: str) -> tuple[Any, str]:
+    """Let this thread work for a device, under its name, which profilers and debuggers show.
 
-
-_LOCAL = _Local()
-
-
-def is_at_work() -> bool:
-    """Whether this thread runs a task of a device, or is there for nothing else."""
-    return _LOCAL.is_at_work
-
-
-class AtWork:
-    """Context in which this thread works for a device, and has its name: that is what profilers and debuggers show.
-
-    A class, because every task enters it: `contextlib.contextmanager` takes several times as long.
+    Its random numbers are arranged then, see `frames.random_numbers_arranged`. No context manager, and the name past
+    its property, which from Python 3.14 on tells the system too: every task does this.
 
     Args:
         name: Name of the thread meanwhile.
+
+    Returns:
+        What `end_work` needs. One task begins none within itself.
     """
+    HERE.at_work = True
+    thread: Any = threading.current_thread()
+    before = thread._name
+    thread._name = name
+    return thread, before
 
-    __slots__ = ("_before", "_name")
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        thread = threading.current_thread()
-        self._before = (_LOCAL.is_at_work, thread.name)
-        _LOCAL.is_at_work = True
-        thread.name = self._name
-
-    def __exit__(self, *failure: object) -> None:
-        _LOCAL.is_at_work, threading.current_thread().name = self._before
+def end_work(begun: tuple[Any, str]) -> None:
+    """Let the thread be what it was."""
+    HERE.at_work = False
+    thread, name = begun
+    thread._name = name

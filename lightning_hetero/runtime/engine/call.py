@@ -12,15 +12,13 @@ from lightning_hetero.runtime.engine.lanes import Crew, Lane
 from lightning_hetero.runtime.engine.leaves import OrderedSums
 from lightning_hetero.runtime.engine.silence import SILENCE
 from lightning_hetero.runtime.engine.state import ThreadState
+from lightning_hetero.runtime.engine.worker import Cancelled
 from lightning_hetero.schedule import Op
 from lightning_hetero.schedule.rows import deal
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.cut import Unit
     from lightning_hetero.runtime.engine.engine import Engine
-
-
-_NOTHING = nullcontext()
 
 
 class Call:
@@ -64,12 +62,13 @@ class Call:
         Raises:
             Cancelled: Some lane of the call has failed.
         """
-        if self._crew is not None:
-            self._crew.check()
+        crew = self._crew
+        if crew is not None and crew.failed:
+            raise Cancelled
 
-    def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None]:
-        """Within the block, lower lanes are done with the unit, if their order matters."""
-        return _NOTHING
+    def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
+        """Within the block, lower lanes are done with the unit; None if their order does not matter."""
+        return None
 
     def passing(self, lane: Lane, key: Hashable) -> AbstractContextManager[None]:
         """Within the block, lower lanes are done with `key`, if their order matters."""
@@ -94,7 +93,7 @@ class Call:
         return True
 
     def _start(self, work: Callable[[Lane], None], in_flight: int) -> None:
-        self._crew = Crew(self.engine.pool, self._lanes, work, in_flight)
+        self._crew = Crew(self.engine.threads.pool, self._lanes, work, in_flight)
 
     def _finish(self) -> None:
         """Wait for all lanes; raise what the first of those that failed raised."""
@@ -102,10 +101,10 @@ class Call:
         if crew is None:
             raise RuntimeError(_given_up(self.name))
         try:
-            self.engine.wait(crew.left, self.name)
+            self.engine.threads.wait(crew.left, self.name)
         except BaseException:
             crew.failed = True  # an interrupt: lanes stop at their next call of a unit
-            self.engine.drain(crew.left)
+            self.engine.threads.drain(crew.left)
             raise
         self._crew = None  # it holds what its lanes do, which holds this call
         crew.raise_first(self.name)
@@ -117,7 +116,7 @@ class Call:
         crew, self._crew = self._crew, None
         if crew is not None:
             crew.failed = True
-            self.engine.drain(crew.left)
+            self.engine.threads.drain(crew.left)
 
     def _mute(self, leaves: Iterable[Tensor]) -> None:
         """Silence hooks on leaves while lanes run: a backward that asks for a leaf would call them in every lane."""

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.borders import enters_by, leaves_by
@@ -38,7 +38,6 @@ from lightning_hetero.runtime.engine.state import (
     ThreadState,
     is_plain,
     records_now,
-    run_here,
     saves_otherwise,
     stays_in_its_thread,
 )
@@ -51,8 +50,8 @@ from lightning_hetero.runtime.transfer import map_tensors, to_device
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.call import Call
 
+_NO_KWARGS: dict[str, Any] = {}
 _NO_GRADIENT = torch.zeros((), device="cpu")  # what every phony gets; nobody looks at it
-_NOTHING = nullcontext()
 
 
 class CannotCutError(BaseException):
@@ -117,10 +116,10 @@ class UnitCall:
         self.number = len(lane.trace) - 1
         self._inputs: list[Tensor] | None = inputs.leaves
         self._outputs: list[Tensor] | None = outputs
-        self._handed: tuple[Tensor, ...] = tuple(handed)
+        self._handed: Sequence[Tensor] = handed
         # Where gradients have to be brought; None if they come to the right device by themselves.
         self._homes = inputs.homes
-        self._places = _places(outputs, handed)
+        self._places = None if handed is outputs else _places(outputs, handed)
         self._edges, leaves, nodes = walk(outputs, known=inputs.leaves)
         self.leaves = unit.homes(leaves)
         self.inner: set[Node] | None = nodes if call.checks_capture else None
@@ -138,7 +137,7 @@ class UnitCall:
     def take_outputs(self) -> tuple[Tensor, ...]:
         """The outputs for the lane's graph, once: this may not keep them, since their graph keeps this."""
         handed, self._handed = self._handed, ()
-        return tuple(tensor.detach() for tensor in handed)
+        return tuple([tensor.detach() for tensor in handed])
 
     def submit_backward(self, given: tuple[Tensor | None, ...]) -> None:
         """Get the backward of the unit's graph on its way: to the thread of the device, or this one, in `wait`."""
@@ -150,13 +149,12 @@ class UnitCall:
             raise CannotCutError("a gradient inside of it is differentiated again (create_graph=True)")
         worker = self.unit.worker
         place = call.place("B", self.unit, lane)
-        if self._places is None:
-            arriving = Arriving(given)
-        else:
+        arriving = None
+        if self._places is not None:
             known = lane.fresh_gradients
             ready = None if known is None else known.ready([g for g in given if g is not None])
             arriving = send(given, self._places, ready)
-        task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, arriving))
+        task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, given, arriving))
         if worker.takes_help and is_plain():
             self._result = partial(worker.help, place, call.number, task)
         else:
@@ -171,19 +169,28 @@ class UnitCall:
         gradients: Sequence[Tensor | None] = found if self._homes is None else send(found, self._homes, made_at).take()
         return gradients
 
-    def _backward(self, lane: Lane, arriving: Arriving) -> tuple[Sequence[Tensor | None], Mark | None]:
+    def _backward(
+        self, lane: Lane, given: Sequence[Tensor | None], arriving: Arriving | None
+    ) -> tuple[Sequence[Tensor | None], Mark | None]:
         call = lane.call
         call.check()
         outputs, inputs = self._outputs, self._inputs
         if outputs is None or inputs is None:
             raise RuntimeError("backward through a cut module a second time, without retain_graph=True the first time")
-        pairs = [(y, g) for y, g in zip(outputs, arriving.take(), strict=True) if g is not None]
-        if not pairs:
-            return (None,) * len(inputs), None
-        reached, theirs = zip(*pairs, strict=True)
-        with _drawing(call, lane, self.unit, None):
-            found = gradients(reached, theirs, [*inputs, *self._edges], keep_graph=call.keeps_graph)
+        reached, theirs = [], []
+        for output, gradient in zip(outputs, given if arriving is None else arriving.take(), strict=True):
+            if gradient is not None:
+                reached.append(output)
+                theirs.append(gradient)
         count = len(inputs)
+        if not reached:
+            return (None,) * count, None
+        wanted: list[Tensor | GradientEdge] = [*inputs, *self._edges]
+        if self.unit.draws and call.seed is not None:
+            with _drawing(call, self.unit, None):
+                found = gradients(reached, theirs, wanted, keep_graph=call.keeps_graph)
+        else:
+            found = gradients(reached, theirs, wanted, keep_graph=call.keeps_graph)
         call.sums.add(self.unit.number, lane.index, self.number, self.leaves, found[count:])
         if not call.keeps_graph:
             self._inputs = self._outputs = None
@@ -259,10 +266,11 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
         Cancelled: Another lane has failed.
     """
     call = lane.call
-    call.check()
     if stays_in_its_thread() is not None:
+        call.check()
         return unit.run(*args, **kwargs)
-    unit = call.replica(lane, unit)
+    if unit.replicas:
+        unit = call.replica(lane, unit)
     given = Tree((args, kwargs) if kwargs else args)
     records = records_now()
     if given.opaque is not None:
@@ -270,40 +278,48 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
     if unit.draws and saves_otherwise():
         raise CannotCutError(f"{unit.name} draws random numbers under activation checkpointing from outside")
     lane.trace.append(unit.number)
-    with lane.stream.paused() if lane.stream is not None else _NOTHING:
+    if lane.stream is None:
+        return _run(call, lane, unit, given, records, bool(kwargs))
+    with lane.stream.paused():
         return _run(call, lane, unit, given, records, bool(kwargs))
 
 
 def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwargs: bool) -> Any:
     """Let the unit's worker do it, and wait."""
-    device = unit.worker.torch_device
+    worker, parts = unit.worker, unit.parts
+    device = worker.torch_device
     around = frames.top()
     in_chain = around is not None and around.chain
     fresh = lane.fresh if lane.passes_on else None
     lane.fresh, lane.passes_on = None, False
-    wanted = device if enters_by(unit.parts[0]) == device else None
+    wanted = device if enters_by(parts[0]) == device else None
     inputs = Inputs(given, wanted, records=records, fresh=fresh)
-    home = None if in_chain or device == call.engine.root else leaves_by(unit.parts[-1])
+    home = None if in_chain or device == call.engine.root else leaves_by(parts[-1])
     number = len(lane.trace) - 1
 
     def work() -> tuple[Any, Mark | None]:
         call.check()
         arrived = inputs.arrive()
-        args, kwargs = arrived if has_kwargs else (arrived, {})
+        args, kwargs = arrived if has_kwargs else (arrived, _NO_KWARGS)
         if home is not None:
             frames.push(Frame(0, home, chain=True))  # outputs leave the device behind the end of the unit's graph
-        with _drawing(call, lane, unit, number):
+        if unit.draws and call.seed is not None:
+            with _drawing(call, unit, derive(call.seed, lane.index, 1 + number)):
+                output = unit.run(*args, **kwargs)
+        else:
             output = unit.run(*args, **kwargs)
         return output, mark(device)
 
-    worker = unit.worker
     helps = worker.takes_help
-    run = partial(run_here if helps else ThreadState(call.device_types).run, work)
+    run = work if helps else partial(ThreadState(call.device_types).run, work)
     task = Task("F", unit.name, unit.stage, lane.index, run)
     place = call.place("F", unit, lane)
-    with call.in_order(lane, unit):
-        result = worker.help(place, call.number, task) if helps else worker.submit(place, call.number, task).get()
-    output, made_at = result
+    order = call.in_order(lane, unit)
+    if order is None:
+        output, made_at = _done(worker, helps, place, call.number, task)
+    else:
+        with order:
+            output, made_at = _done(worker, helps, place, call.number, task)
     if (changed := inputs.changed()) is not None:
         raise CannotCutError(f"{unit.name} {changed}")
     if records:
@@ -315,6 +331,17 @@ def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwa
     return output
 
 
+def _done(worker: Worker, helps: bool, place: int, call: int, task: Task) -> Any:
+    """The result of a forward."""
+    if not helps:
+        return worker.submit(place, call, task).get()
+    depth = frames.depth()
+    try:
+        return worker.help(place, call, task)
+    finally:
+        frames.cut_to(depth)
+
+
 def _attach(
     call: Call, lane: Lane, unit: Unit, output: Any, inputs: Inputs, home: torch.device | None, made_at: Mark | None
 ) -> Any:
@@ -323,15 +350,25 @@ def _attach(
     if found.opaque is not None:
         raise CannotCutError(f"{unit.name} returns a {type(found.opaque).__name__}, which may hold tensors")
     given_of = inputs.given_of
-    own = [tensor for tensor in found.tensors if id(tensor) not in given_of]
+    own: list[Tensor] = []
+    traced: list[Tensor] = []
+    places: list[int] = []
+    for tensor in found.tensors:
+        if id(tensor) in given_of:
+            continue
+        if tensor.requires_grad:
+            # A leaf (a weight that is returned) has no node to begin a backward at.
+            traced.append(tensor if tensor.grad_fn is not None else tensor.view_as(tensor))
+            places.append(len(own))
+        own.append(tensor)
     results = own if home is None else _sent(own, home, made_at)
-    places = [place for place, tensor in enumerate(own) if tensor.requires_grad]
     if places:
-        # A leaf (a weight that is returned) has no node to begin a backward at.
-        traced = [own[place] if own[place].grad_fn is not None else own[place].view_as(own[place]) for place in places]
-        handed = [results[place] for place in places]
+        handed = traced if home is None else [results[place] for place in places]
         made = UnitCall(call, lane, unit, inputs, traced, handed)
-        if all(tensor.is_cpu for tensor in handed):
+        on_cpu = True
+        for tensor in handed:
+            on_cpu = on_cpu and tensor.is_cpu
+        if on_cpu:
             outputs = _both(made, lane.anchor, *inputs.traced)
         else:
             outputs = _exit(made, _enter(made, lane.anchor, *inputs.traced))
@@ -371,9 +408,6 @@ def _handed_through(given: Tensor, home: torch.device | None) -> Tensor:
     return given if home is None else to_device(given, home)
 
 
-def _drawing(call: Call, lane: Lane, unit: Unit, number: int | None) -> AbstractContextManager[None]:
-    """The generator of the unit's device, if the unit draws random numbers; set for call `number` of the lane."""
-    if not unit.draws or call.seed is None:
-        return _NOTHING
-    seed = None if number is None else derive(call.seed, lane.index, 1 + number)
+def _drawing(call: Call, unit: Unit, seed: int | None) -> AbstractContextManager[None]:
+    """The generator of the unit's device, for the unit alone; see `Stream`."""
     return Stream(call.generators.of[unit.worker.torch_device], seed).running()

@@ -5,12 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import groupby
-from time import monotonic
 from typing import Any
 
 import torch
@@ -18,15 +15,13 @@ from torch import Tensor, nn
 
 from lightning_hetero.runtime.compiled import is_compiled
 from lightning_hetero.runtime.emulate import Pace
-from lightning_hetero.runtime.engine import faults
 from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
-from lightning_hetero.runtime.engine.intercept import BlockRegion, ChainUnit, ModuleUnit, Region
-from lightning_hetero.runtime.engine.lanes import LanePool
+from lightning_hetero.runtime.engine.intercept import Region
+from lightning_hetero.runtime.engine.interceptions import Interceptions
 from lightning_hetero.runtime.engine.record import Recorder
 from lightning_hetero.runtime.engine.refused import methods_refused
 from lightning_hetero.runtime.engine.region import RegionCall, RegionTask
-from lightning_hetero.runtime.engine.replicas import Copies, Seat, why_not
 from lightning_hetero.runtime.engine.state import (
     ThreadState,
     are_operations_counted,
@@ -35,11 +30,11 @@ from lightning_hetero.runtime.engine.state import (
     stays_in_its_thread,
 )
 from lightning_hetero.runtime.engine.streams import Generators
+from lightning_hetero.runtime.engine.threads import Threads
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.verdict import Trial, Verdict
 from lightning_hetero.runtime.engine.watch import Listener, Watch
-from lightning_hetero.runtime.engine.worker import Worker
-from lightning_hetero.runtime.layout import Block, Layout
+from lightning_hetero.runtime.layout import Layout
 from lightning_hetero.schedule import Pipeline
 from lightning_hetero.schedule.rows import split_rows
 
@@ -49,9 +44,6 @@ _MOST_TRIES = 3  # of a region that changes something: it may be a cache, which 
 _MOST_VERDICTS = 64  # that a region keeps
 _TRIALS_AT_ONCE = 32  # that a region may have before its calls have to pay for them
 _CALLS_PER_TRIAL = 8
-_SHORT_S = 400e-6
-_DRAIN_S = 60.0
-_STUCK_S = 2.0  # for threads that did not end in time before
 
 
 class Engine:
@@ -79,6 +71,7 @@ class Engine:
     Attributes:
         cut_calls: How many calls of regions were cut so far.
         reasons: Why regions ran whole, a sentence each.
+        threads: The workers and the lanes.
     """
 
     def __init__(
@@ -109,100 +102,34 @@ class Engine:
         self._module = module
         self.running: set[RegionCall] = set()
         self.reasons: list[str] = []
-        self._hang_timeout_s = hang_timeout_s
         self._once_per_batch = once_per_batch
         self._numbers = itertools.count()
         self._one_call = threading.Lock()
-        self._is_stuck = False
-        self._workers = self._make_workers(layout, paces, recorder or Recorder())
-        names = list(self._workers)
+        self.threads = Threads(layout, paces, recorder or Recorder(), micro_batches, hang_timeout_s)
+        workers = self.threads.workers
+        names = list(workers)
         stages = [list(run) for _, run in groupby(layout.blocks, key=lambda block: (block.device.name, block.shares))]
         self._stages = tuple(names.index(blocks[0].device.name) for blocks in stages)
-        self._stage_of = {id(block.module): index for index, blocks in enumerate(stages) for block in blocks}
+        stage_of = {id(block.module): index for index, blocks in enumerate(stages) for block in blocks}
         # Those that own no stage: schedules know owners only, and a replica wants work too.
-        self.more_devices = len(self._workers) - len(set(self._stages))
-        devices = [root, *(worker.torch_device for worker in self._workers.values())]
+        self.more_devices = len(workers) - len(set(self._stages))
+        devices = [root, *(worker.torch_device for worker in workers.values())]
         self.generators = Generators([*devices, torch.device("cpu")])  # whose numbers code for any device may use
         self.device_types = tuple(dict.fromkeys(device.type for device in devices))
-        self._pool: LanePool | None = None
-        self._units: list[ModuleUnit] = []
-        self._regions: list[Region] = []
-        self._seats: list[Seat] = []
-        self._copies = {worker.device: Copies(worker.torch_device) for worker in self._workers.values()}
-        self._paces = paces
+        self.interceptions = Interceptions(self, workers, stage_of, paces)
         compiled = [split.name or type(split.module).__name__ for split in layout.splits if is_compiled(split.module)]
         if compiled:
             reason = f"{compiled[0]} is not cut into micro-batches, because torch.compile has made one piece of it"
             self.note(reason, "Compile its parts instead.")
         else:
-            self._intercept(layout)
-
-    # Threads
-
-    @property
-    def pool(self) -> LanePool:
-        """The lanes; started, with the workers, by the first call that needs them."""
-        if self._pool is None:
-            threads = torch.get_num_threads()
-            for worker in self._workers.values():
-                worker.start()
-            self._pool = LanePool(self.micro_batches)
-            end = weakref.finalize(self, _dismiss, self._pool, tuple(self._workers.values()))
-            end.atexit = False
-            # A thread that sets its number of threads sets that of every thread to come, ours aside.
-            torch.set_num_threads(threads)
-        return self._pool
+            self.interceptions.install(layout)
 
     def close(self) -> None:
         """Take all interceptions off and end the threads."""
-        for region in self._regions:
-            region.remove()
-        for unit in self._units:
-            unit.remove()
+        self.interceptions.remove()
         for call in list(self.running):
             call.abandon()
-        pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        patience_s = _STUCK_S if self._is_stuck else _DRAIN_S
-        ended = pool.close(patience_s)
-        for worker in self._workers.values():
-            worker.stop()
-        end_s = monotonic() + patience_s
-        for worker in self._workers.values():
-            worker.join(max(0.0, end_s - monotonic()))
-        if not ended or any(worker.is_alive() for worker in self._workers.values()):
-            log.warning("a thread of a device is stuck and was left behind: %s", self._busy())
-
-    def wait(self, countdown: faults.Countdown, name: str) -> None:
-        """Wait for the lanes of a call of the region `name`.
-
-        Raises:
-            HangError: They take longer than `hang_timeout_s`.
-        """
-        if not countdown.wait(self._hang_timeout_s):
-            self._is_stuck = True
-            raise faults.hang(name, self._hang_timeout_s, self._busy())
-
-    def drain(self, countdown: faults.Countdown) -> None:
-        """Wait for lanes that were told to stop."""
-        patience_s = _STUCK_S if self._is_stuck else min(_DRAIN_S, self._hang_timeout_s)
-        if not countdown.wait(patience_s):
-            self._is_stuck = True
-            log.warning("lanes are still running after an interruption: %s", self._busy())
-
-    @property
-    def lanes_at_once(self) -> int:
-        """How many lanes of a region may be under way at once.
-
-        One for each device, and one that waits for it: more would only wake each other. And one in all where lanes do
-        the work themselves and each task is over sooner than a change of threads: they would do nothing but wait for
-        Python's interpreter, which every operation of torch lets go of.
-        """
-        workers = self._workers.values()
-        if all(worker.takes_help and 0 < worker.task_s < _SHORT_S for worker in workers):
-            return 1
-        return len(workers) + 1
+        self.threads.close()
 
     def pipeline(self, micro_batches: int) -> Pipeline:
         """The stages of the model, in order of definition, as schedules see them."""
@@ -211,14 +138,12 @@ class Engine:
     @property
     def stage_of(self) -> dict[str, int]:
         """Index of the stage of everything that workers run in one piece, by its name."""
-        links = (link for region in self._regions for link in region.chain or ())
-        chains = (link for link in links if isinstance(link, ChainUnit))
-        return {unit.name: unit.stage for unit in (*self._units, *chains)}
+        return {unit.name: unit.stage for unit in self.interceptions.tasks}
 
     @property
     def in_units(self) -> set[int]:
         """`id` of all modules that workers run."""
-        return {id(part) for unit in self._units for module in unit.parts for part in module.modules()}
+        return {id(part) for unit in self.interceptions.units for module in unit.parts for part in module.modules()}
 
     def split(self, rows: int) -> list[int]:
         """Rows of each micro-batch of a batch."""
@@ -227,36 +152,11 @@ class Engine:
     @property
     def has_replicas(self) -> bool:
         """Whether some unit stands on several devices."""
-        return bool(self._seats)
-
-    def renew_replicas(self) -> None:
-        """Make all replicas as the modules are now. Lanes that run forwards are about to begin."""
-        for copies in self._copies.values():
-            seats = (seat for seat in self._seats if seat.copies is copies)
-            copies.refresh(original for seat in seats for original in seat.originals())
-        for seat in self._seats:
-            seat.renew()
-
-    def lost_by_replicas(self) -> str | None:
-        """What a replica has set in vain, in words; None if there is nothing."""
-        return next((lost for seat in self._seats if (lost := seat.lost) is not None), None)
-
-    def replicas_changed_buffers(self) -> bool:
-        """Whether a replica has changed a buffer since."""
-        return any(seat.has_changed_buffers for seat in self._seats)
+        return bool(self.interceptions.seats)
 
     def next_number(self) -> int:
         """A number for a unit."""
         return next(self._numbers)
-
-    def _busy(self) -> str:
-        busy = [
-            f"{worker.device} runs {op} of {unit} for micro-batch {lane}"
-            for worker in self._workers.values()
-            if (doing := worker.busy_with) is not None
-            for op, unit, lane in [doing]
-        ]
-        return f"{'; '.join(busy) or 'No device is at work'}."
 
     # Calls
 
@@ -282,7 +182,7 @@ class Engine:
 
     def stop_cutting(self, name: str, reason: str) -> None:
         """Run the regions of that name whole from now on."""
-        for region in self._regions:
+        for region in self.interceptions.regions:
             if region.name == name:
                 region.refuse(reason)
                 self._note(region, reason)
@@ -292,7 +192,7 @@ class Engine:
     ) -> tuple[RegionCall, dict[torch.device, Tensor]] | None:
         """The call to make, and the states of the generators before it; None to run whole."""
         given = Tree((args, kwargs))
-        modules = tuple(region.module.modules())  # once: torch goes through all of them for each question
+        modules = _modules(region.module)  # once: torch goes through all of them for each question
         parameters = _own(module._parameters for module in modules)
         # torch.func.functional_call puts other tensors in the place of parameters.
         if not all(parameter.is_leaf for parameter in parameters):
@@ -352,7 +252,7 @@ class Engine:
             if call.seed is None and self.generators.drawn_since(before):
                 region.verdicts.clear()  # the next call has a new trial, which sees who draws
                 raise CannotCutError("it draws random numbers, which it did not do in its trial")
-            lost = self.lost_by_replicas()
+            lost = self.interceptions.lost_by_replicas
             if lost is not None:
                 region.verdicts.clear()
                 self.note_lost(lost)
@@ -460,107 +360,22 @@ class Engine:
         self.cut_calls += 1
         return self.cut_calls - 1
 
-    # Interceptions
 
-    def _make_workers(self, layout: Layout, paces: Mapping[str, Pace], recorder: Recorder) -> dict[str, Worker]:
-        workers: dict[str, Worker] = {}
-        for device in (device for block in layout.blocks for device in block.devices):
-            if device.name not in workers:
-                torch_device = torch.device(str(device.torch_device))
-                host = torch.get_num_threads() if torch_device.type == "cpu" else 1
-                threads = paces.get(device.name, Pace()).threads or host
-                workers[device.name] = Worker(device.name, torch_device, threads, recorder)
-        return workers
-
-    def _intercept(self, layout: Layout) -> None:
-        blocks = {id(block.module): self._shared(block) for block in layout.blocks}
-        for block in blocks.values():
-            stage = self._stage_of[id(block.module)]
-            unit = ModuleUnit(self, block.name, self._workers[block.device.name], stage, block.module)
-            self._replicate(unit, block)
-            unit.install()
-            self._units.append(unit)
-            if block.shares:
-                self._regions.append(BlockRegion(unit))
-        for split in layout.splits:
-            inside = [blocks[id(part)] for part in split.module.modules() if id(part) in blocks]
-            used = {device.name for block in inside for device in block.devices}
-            if len(used) > 1:
-                region = Region(self, split.name, split.module)
-                if split.chain:
-                    region.chain = self._chain(split.name, split.module, blocks)
-                region.install()
-                self._regions.append(region)
-
-    def _shared(self, block: Block) -> Block:
-        """The block, without replicas if its module cannot have any."""
-        reason = why_not(block.module) if block.shares else None
-        if reason is None:
-            return block
-        consequence = f"All of it runs on {block.device.name}; the results are the same."
-        self.note(f"{block.name} has no replicas, because {reason}", consequence)
-        return replace(block, shares=())
-
-    def _replicate(self, unit: ModuleUnit | ChainUnit, block: Block) -> None:
-        """Give a unit the replicas that the plan wants."""
-        seats = [
-            (
-                self._workers[device.name],
-                Seat(unit.parts, self._copies[device.name], self._paces.get(device.name, Pace())),
-            )
-            for device in block.devices[1:]
-        ]
-        if seats:
-            unit.replicate([share for _, share in block.shares], seats)
-            self._seats += [seat for _, seat in seats]
-
-    def _chain(self, name: str, chain: nn.Module, blocks: Mapping[int, Block]) -> tuple[ChainUnit | nn.Module, ...]:
-        """The children of an nn.Sequential, those that follow each other on one device together.
-
-        Children without parameters run where the one before them ran: that is where their input is.
-        """
-        links: list[ChainUnit | nn.Module] = []
-        place: Block | None = None
-        together: list[tuple[str, nn.Module]] = []
-
-        def close() -> None:
-            if together and place is not None:
-                names = list(
-                    dict.fromkeys(f"{name}.{key}" if name else key for key in (together[0][0], together[-1][0]))
-                )
-                children = [child for _, child in together]
-                stage = next((self._stage_of[id(child)] for child in children if id(child) in self._stage_of), 0)
-                link = ChainUnit(self, "…".join(names), self._workers[place.device.name], stage, children)
-                self._replicate(link, place)
-                links.append(link)
-            together.clear()
-
-        for key, child in chain.named_children():
-            below = [blocks[id(part)] for part in child.modules() if id(part) in blocks]
-            if id(child) in blocks or (not below and place is not None):
-                target = blocks.get(id(child), place)
-                if target is None or place is None or (target.device, target.shares) != (place.device, place.shares):
-                    close()
-                    place = target
-                together.append((key, child))
-                continue
-            close()
-            links.append(child)
-            place = below[-1] if below else None
-        close()
-        return tuple(links)
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """What `root.modules()` goes through, without a generator for every level."""
+    found: dict[nn.Module, None] = {}
+    todo = [root]
+    while todo:
+        module = todo.pop()
+        if module not in found:
+            found[module] = None
+            todo += [child for child in list(module._modules.values())[::-1] if child is not None]
+    return list(found)
 
 
 def _own(found: Iterable[Mapping[str, Any]]) -> list[Any]:
     """The parameters or buffers of some modules, each once."""
     return list({id(tensor): tensor for each in found for tensor in each.values() if tensor is not None}.values())
-
-
-def _dismiss(pool: LanePool, workers: Sequence[Worker]) -> None:
-    """End the threads of an engine that is gone without `close`. Whose thread this is nobody knows, so do not wait."""
-    pool.dismiss()
-    for worker in workers:
-        worker.stop()
 
 
 class _Local(threading.local):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ class Inputs:
     def __init__(self, given: Tree, device: torch.device | None, *, records: bool, fresh: Fresh | None = None) -> None:
         self._given = given
         self._records = records
-        self._versions = [version_of(tensor) for tensor in given.tensors]
+        self._versions = _versions(given.tensors)
         self._copies: list[tuple[Tensor, Tensor, int]] = []
         self._containers: list[Any] = []
         self.traced: list[Tensor] = []
@@ -48,7 +48,9 @@ class Inputs:
         self._arriving: Arriving | None = None
         self._built: Any = None
         if device is not None:
-            self._away = list({id(tensor): tensor for tensor in given.tensors if tensor.device != device}.values())
+            for tensor in given.tensors:
+                if tensor.device != device and not any(tensor is known for known in self._away):
+                    self._away.append(tensor)
         if self._away and device is not None:
             plain = [tensor.detach() for tensor in self._away]
             with _counted():
@@ -78,7 +80,7 @@ class Inputs:
 
         A tensor of inference mode that was copied may be written to: it gets the new values.
         """
-        if self._versions != [version_of(tensor) for tensor in self._given.tensors]:
+        if self._versions != _versions(self._given.tensors):
             return "changes its input in place"
         for given, copy, version in self._copies:
             if version_of(copy) != version:
@@ -99,15 +101,24 @@ class Inputs:
                 new_of[id(given)] = copy
                 self._copies.append((given, copy, version_of(copy)))
             self._arriving = None
-        if self._records:
-            for tensor in {id(tensor): tensor for tensor in self._given.tensors if tensor.requires_grad}.values():
-                new = new_of.get(id(tensor))
-                new_of[id(tensor)] = leaf = (tensor.detach() if new is None else new).requires_grad_()
+        used: list[Tensor] = []
+        for tensor in self._given.tensors:
+            new = new_of.get(id(tensor))
+            if self._records and tensor.requires_grad and not (new is not None and new.requires_grad):
+                new_of[id(tensor)] = new = (tensor.detach() if new is None else new).requires_grad_()
                 self.traced.append(tensor)
-                self.leaves.append(leaf)
-        self.used = [new_of.get(id(tensor), tensor) for tensor in self._given.tensors]
-        self._built = self._given.build(self.used)
+                self.leaves.append(new)
+            used.append(tensor if new is None else new)
+        self.used = used
+        self._built = self._given.build(used)
         self._containers = contents(self._built) if self._given.has_containers else []
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # some are of inference mode
+        return [version_of(tensor) for tensor in tensors]
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_hetero.runtime.engine.at_work import is_at_work
 from lightning_hetero.runtime.engine.cut import call_unit
 from lightning_hetero.runtime.engine.key import Keys
 from lightning_hetero.runtime.engine.lanes import calling_lane, current_lane
 from lightning_hetero.runtime.engine.replicas import Seat
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.worker import Worker
+from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.runtime.standin import StandIn
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class _Unit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, where it belongs: by the worker if it comes from a lane, else here."""
-        if is_at_work():
+        if HERE.at_work:
             return self.run(*args, **kwargs)
         lane = current_lane()
         if lane is not None:

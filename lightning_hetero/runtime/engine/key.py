@@ -41,12 +41,12 @@ class Keys:
             around: Other values that user code may decide by.
         """
         self._calls += 1
-        hooks = tuple((id(part), *(len(getattr(part, kind)) for kind in HOOKS)) for part in parts)
+        hooks = tuple([(id(part), *[len(getattr(part, kind)) for kind in HOOKS]) for part in parts])
         flags = [
             self._flag((index, name), value)
             for index, part in enumerate(parts)
             for name, value in part.__dict__.items()
-            if isinstance(value, _FLAGS) and name not in _EVERY_MODULE_HAS
+            if name not in _EVERY_MODULE_HAS and isinstance(value, _FLAGS)
         ]
         flags += [
             self._flag(index, value) if isinstance(value, _FLAGS) else type(value)
@@ -56,8 +56,12 @@ class Keys:
         return hooks, tuple(flags), tuple(_layout(given.tensors)), torch.is_grad_enabled()
 
     def _flag(self, name: Hashable, value: Any, most: int = _MOST_VALUES) -> Any:
-        values = self._values.setdefault(name, set())
-        if len(values) < most or value in values:
+        values = self._values.get(name)
+        if values is None:
+            values = self._values[name] = set()
+        if value in values:
+            return value
+        if len(values) < most:
             values.add(value)
             return value
         known = self._changing.setdefault(name, _Changing(value, self._calls))

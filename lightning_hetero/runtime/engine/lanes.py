@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lightning_hetero.runtime.emulate import METER
-from lightning_hetero.runtime.engine.at_work import is_at_work
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.worker import Cancelled
+from lightning_hetero.runtime.frames import HERE
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.call import Call
@@ -114,7 +114,7 @@ def current_lane() -> Lane | None:
 
 def calling_lane() -> Lane | None:
     """The lane whose own code this thread runs; None in the code of units."""
-    return None if is_at_work() else _LOCAL.lane
+    return None if HERE.at_work else _LOCAL.lane
 
 
 class LanePool:

@@ -146,7 +146,8 @@ class _Source:
         self.next_lane = 0
         self.sums: dict[int, Tensor] = {}
         self.home: dict[int, torch.device] = {}
-        self._ours: set[int] = set()
+        self._ours: set[int] = set()  # leaves whose sum is a tensor that was made here
+        self._alone: set[int] = set()  # those whose sum nobody else has, as was seen when something was added first
 
     def take(self, lane: int) -> None:
         """Add what has come for a lane, and go on to the next lane."""
@@ -165,12 +166,17 @@ class _Source:
                 self.sums[key] = gradient
                 self.home[key] = leaf.device
                 continue
-            gradient = to_device(gradient, known.device)  # code on a replica may use the original too
+            if gradient.device != known.device:  # code on a replica may use the original too
+                gradient = to_device(gradient, known.device)
             # Autograd may hand out one tensor for two leaves (of y = a + b), and user code may keep what it returns. So
             # the first sum is a new tensor, unless nobody else has the first gradient.
-            in_place = key in self._ours or (_has_one_owner(known) and _memory(gradient) is not None)
-            if in_place and not known.is_sparse:
+            if key in self._ours:
+                in_place = not known.is_sparse
+            else:
+                in_place = (key in self._alone or _has_one_owner(known)) and _memory(gradient) is not None
+            if in_place:
                 known.add_(gradient)
+                self._alone.add(key)
             else:
                 self.sums[key] = _plus(known, gradient)
                 self._ours.add(key)

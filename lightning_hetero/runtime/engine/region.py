@@ -134,12 +134,12 @@ class RegionCall(Call):
 
         versions = [version_of(buffer) for buffer in self.task.buffers]
         with self.task.deferred.collecting():
-            self.engine.renew_replicas()
+            self.engine.interceptions.renew_replicas()
             self._ready = mark(self.engine.root)
-            self._start(work, self.engine.lanes_at_once)
+            self._start(work, self.engine.threads.lanes_at_once)
             self._finish()
             same = versions == [version_of(buffer) for buffer in self.task.buffers]
-            if not same or self.engine.replicas_changed_buffers():
+            if not same or self.engine.interceptions.replicas_changed_buffers:
                 raise RuntimeError(
                     f"{self.name} has changed a buffer for each of its micro-batches, which it did not do in its "
                     "trial. The buffer is not what it would be on one device. Set micro_batches=1."
@@ -209,13 +209,13 @@ class RegionCall(Call):
         seen: set[Node] = set()
         for lane in self._lanes:
             for leaves in (lane.leaves, *(call.leaves for call in lane.units)):
-                found.update((id(leaf), leaf) for leaf in leaves)
+                found.update(zip(map(id, leaves), leaves, strict=True))
             if self.checks_capture:
                 # A graph that several lanes share comes from outside: a tensor that is no input of the region.
-                own = lane.nodes.union(*(call.inner or () for call in lane.units))
+                own = lane.nodes.union(*[call.inner or () for call in lane.units])
                 if not seen.isdisjoint(own):
                     raise CannotCutError("it uses a tensor with a graph that is not one of its inputs")
-                if any(type(node).__name__ == "CheckpointFunctionBackward" for node in own):
+                if "CheckpointFunctionBackward" in {type(node).__name__ for node in own}:
                     raise CannotCutError("it uses checkpoint(use_reentrant=True), which torch refuses here")
                 seen |= own
             lane.nodes = set()
@@ -254,9 +254,9 @@ class RegionCall(Call):
                 self.generators.begin()
                 self._draws_again = True
             self._during_backward.enter_context(self.task.deferred.untouched())
-            self.engine.renew_replicas()
+            self.engine.interceptions.renew_replicas()
         self._ready = mark(self.engine.root)
-        self._start(lambda lane: self._lane_backward(lane, given), self.engine.lanes_at_once)
+        self._start(lambda lane: self._lane_backward(lane, given), self.engine.threads.lanes_at_once)
 
     def _lane_backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> None:
         if self.task.rematerialized is not None:

@@ -104,17 +104,6 @@ class ThreadState:
         return [mode for mode in self._functions if id(mode) not in known]
 
 
-def run_here(function: Callable[[], Result]) -> Result:
-    """Call `function` in this thread, with the module frames that `ThreadState.run` would give it in another one."""
-    depth, frame = frames.depth(), frames.top()
-    if frame is not None:
-        frames.push(_without_tensors(frame))
-    try:
-        return function()
-    finally:
-        frames.cut_to(depth)
-
-
 def is_plain() -> bool:
     """Whether this thread is in none of the modes and frames that `ThreadState` hands over, context variables aside."""
     return not (

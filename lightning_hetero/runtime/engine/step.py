@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,9 +100,9 @@ class StepCall(Call):
         self._leaves: list[Tensor] = []
         self._forwards = Countdown(len(task.rows))
 
-    def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None]:
-        """Within the block, lower lanes are done with the unit, if it keeps state (running means, say)."""
-        return self._turnstile.passing(lane.index, unit.number) if unit.has_state else nullcontext()
+    def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
+        """Within the block, lower lanes are done with the unit; None unless it keeps state (running means, say)."""
+        return self._turnstile.passing(lane.index, unit.number) if unit.has_state else None
 
     @contextmanager
     def passing(self, lane: Lane, key: Hashable) -> Iterator[None]:
@@ -137,15 +137,15 @@ class StepCall(Call):
         """
         self._mute(self._task.leaves)
         try:
-            self.engine.renew_replicas()
+            self.engine.interceptions.renew_replicas()
             self._start(self._lane, self._task.in_flight)
             self._finish()
-            if self.engine.replicas_changed_buffers():
+            if self.engine.interceptions.replicas_changed_buffers:
                 raise UnsupportedError(
                     "a module with replicas has changed a buffer in the training step, though it is in evaluation "
                     "mode; each replica has changed its own. Set micro_batching='forward', or leave out the replicas."
                 )
-            lost = self.engine.lost_by_replicas()
+            lost = self.engine.interceptions.lost_by_replicas
             if lost is not None:
                 self.engine.note_lost(lost)
         except CannotCutError as refused:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import profiler
 
-from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.emulate import METER
-from lightning_hetero.runtime.engine.at_work import AtWork, is_at_work
+from lightning_hetero.runtime.engine.at_work import begin_work, end_work
 from lightning_hetero.runtime.engine.faults import annotated
 from lightning_hetero.runtime.engine.record import Record, Recorder
 from lightning_hetero.runtime.engine.turns import Turns
+from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.schedule import Op
 
 _WEIGHT = 1 / 16  # of the last task in the mean of all
@@ -99,7 +99,8 @@ class Worker(threading.Thread):
     """
 
     def __init__(self, device: str, torch_device: torch.device, threads: int, recorder: Recorder) -> None:
-        super().__init__(name=f"hetero-worker-{device}", daemon=True)
+        self._thread_name = f"hetero-worker-{device}"
+        super().__init__(name=self._thread_name, daemon=True)
         self.device = device
         self.torch_device = torch_device
         self._needs_no_thread = torch_device.type == "cpu" and threads == 1
@@ -143,14 +144,15 @@ class Worker(threading.Thread):
         Raises:
             BaseException: What the task raised.
         """
-        if is_at_work():  # autograd came from the middle of one task to another one: what is held, nobody may wait for
+        if HERE.at_work:  # autograd came from the middle of one task to another one: what is held, nobody may wait for
             return task.run()
         self._turns.take(place, call, task.lane)
         start_s = perf_counter()
+        begun = begin_work(self._thread_name)
         try:
-            with AtWork(self.name), frames.random_numbers_arranged():
-                return self._run_one(task)
+            return self._run_one(task)
         finally:
+            end_work(begun)
             taken_s = perf_counter() - start_s
             self.task_s += _WEIGHT * (taken_s - self.task_s) if self.task_s else taken_s
             self._turns.pass_on()
@@ -161,10 +163,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """What the thread does."""
-        with AtWork(self.name), frames.random_numbers_arranged():
-            self._work()
-
-    def _work(self) -> None:
+        begin_work(self._thread_name)
         torch.set_num_threads(self._threads)
         _enter_device(self.torch_device)
         METER.defer()
@@ -189,7 +188,7 @@ class Worker(threading.Thread):
     def _run_one(self, task: Task) -> Any:
         op, unit, _, lane, run = task
         self.busy_with = (op, unit, lane)
-        frames.begin_micro_batch(lane)
+        HERE.micro_batch = lane
         records = self._recorder.records
         start_s = perf_counter() if records is not None else 0.0
         try:
