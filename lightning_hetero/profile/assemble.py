@@ -76,6 +76,7 @@ def put_together(
         units=units,
         own_code=_own_code(recording, units, basis_of, training),
         flows=recording.flows,
+        entering=recording.entering if training else (),
         code=recording.own_code.code(recording.rows) if training else (),
         waiting=recording.own_code.waiting(recording.rows) if training else (),
         coupled=recording.coupled,

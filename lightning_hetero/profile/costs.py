@@ -122,7 +122,6 @@ class Flow:
             All else passes through the root device.
         has_gradient: Whether as much comes back in the backward.
         taken_before_by: The unit that took the same tensors first, if it was not this call; None if nobody did.
-        made_inside: The module whose own code made them; "" for units, the model itself, and what nobody knows.
     """
 
     source: str
@@ -131,7 +130,27 @@ class Flow:
     chained: bool = False
     has_gradient: bool = True
     taken_before_by: str | None = None
-    made_inside: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entering:
+    """A tensor that a module with units is called with: what activation checkpointing keeps of it.
+
+    Attributes:
+        module: Name of the module.
+        tensor: Number of the tensor; several modules may be called with it.
+        source: Name of the unit that made it; "" for the model's own code, or the batch.
+        taken_before_by: The unit that took it first, if that was before; None if nobody did.
+        taken_inside: Whether a unit inside of the module takes it as it is, so that there is a flow.
+        size_bytes: Its size.
+    """
+
+    module: str
+    tensor: int
+    source: str
+    taken_before_by: str | None
+    taken_inside: bool
+    size_bytes: Line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +215,7 @@ class ModelProfile:
         units: In the order of their first call. Units that were not called are missing.
         own_code: The model's code outside of units, and the loss, on the root device.
         flows: What passes between units.
+        entering: What modules with units are called with; not of those that are called with what nobody knows.
         code: The model's own code between units; what comes after them, such as the loss, is `own_code`.
         waiting: Gradients that wait while backwards of units run.
         coupled: Names of modules that make rows depend on each other, such as batch normalisation. "forward" does not
@@ -212,6 +232,7 @@ class ModelProfile:
     units: tuple[UnitCost, ...]
     own_code: UnitCost = UnitCost(name=OWN_CODE)
     flows: tuple[Flow, ...] = ()
+    entering: tuple[Entering, ...] = ()
     code: tuple[OwnCode, ...] = ()
     waiting: tuple[Waiting, ...] = ()
     coupled: tuple[str, ...] = ()
@@ -255,6 +276,9 @@ class ModelProfile:
                     "units": tuple(map(_unit, data["units"])),
                     "own_code": _unit(data["own_code"]),
                     "flows": tuple(map(_flow, data["flows"])),
+                    "entering": tuple(
+                        Entering(**{**e, "size_bytes": Line(**e["size_bytes"])}) for e in data.get("entering", ())
+                    ),
                     "code": tuple(map(_code, data["code"])),
                     "waiting": tuple(Waiting(**{**w, "size_bytes": Line(**w["size_bytes"])}) for w in data["waiting"]),
                     "coupled": tuple(map(str, data["coupled"])),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_hetero.profile.costs import OWN_CODE, Flow, Line
+from lightning_hetero.profile.costs import OWN_CODE, Entering, Flow, Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,6 @@ class _Made:
         straight: Whether it is still inside of the chain in which it was made.
         version: How often it had been changed in place by then.
         ref: The tensor, as long as it lives.
-        inside: The module whose own code made it; "" for the model itself, the batch and what is not known.
         taken: Whether it was passed on already, so that own code is not the one that waits for it.
         taker: The unit that took it first.
     """
@@ -67,9 +66,25 @@ class _Made:
     straight: bool
     version: int
     ref: weakref.ref[Tensor]
-    inside: str = ""
     taken: bool = False
     taker: str | None = None
+
+
+@dataclass(slots=True)
+class _Entered:
+    """A tensor that a module with units was called with.
+
+    Attributes:
+        module: Its name.
+        made: The tensor.
+        taken_before_by: The unit that had taken it by then.
+        taken_inside: Whether a unit inside of the module takes it as it is.
+    """
+
+    module: str
+    made: _Made
+    taken_before_by: str | None
+    taken_inside: bool = False
 
 
 class Tracker:
@@ -78,23 +93,32 @@ class Tracker:
     def __init__(self) -> None:
         self._made: dict[int, _Made] = {}
         self._outputs: list[_Made] = []
-        self._passed: list[tuple[str, str, bool, str | None, str, TensorSpec]] = []
-        self._modules: list[tuple[str, bool]] = []  # those around, innermost last: name, and whether it is a chain
+        self._passed: list[tuple[str, str, bool, str | None, TensorSpec]] = []
+        self._chains: list[bool] = []  # the modules around, innermost last: is it a chain?
+        self._entered: list[_Entered] = []
+        self._around: list[list[_Entered]] = []  # what the modules around were called with
+        self._hidden: set[str] = set()  # modules that were called with what cannot be seen
 
     @property
     def _in_chain(self) -> bool:
-        return bool(self._modules) and self._modules[-1][1]
+        return bool(self._chains) and self._chains[-1]
 
-    def enter_module(self, name: str, inputs: Iterable[Tensor], *, chain: bool) -> None:
-        """The forward of a module with units below it begins."""
-        for tensor in inputs:  # so that what nobody knows afterwards was made inside of it
-            if self._find(tensor) is None:
-                self._add(tensor, OWN_CODE, straight=False)
-        self._modules.append((name, chain))
+    def enter_module(self, name: str, inputs: Iterable[Tensor] | None, *, chain: bool) -> None:
+        """The forward of a module with units below it begins; of None nobody knows what it was called with."""
+        self._chains.append(chain)
+        entered: list[_Entered] = []
+        for tensor in inputs or ():
+            made = self._find(tensor) or self._add(tensor, OWN_CODE, straight=False)
+            entered.append(_Entered(name, made, made.taker))
+        if inputs is None:
+            self._hidden.add(name)
+        self._around.append(entered)
+        self._entered += entered
 
     def leave_module(self, outputs: Iterable[Tensor]) -> None:
         """It ends; what it returns goes to the root, unless the module around it is a chain."""
-        self._modules.pop()
+        self._chains.pop()
+        self._around.pop()
         for tensor in outputs:
             made = self._find(tensor)
             if made is not None:
@@ -107,8 +131,10 @@ class Tracker:
             if made is None:
                 made = self._add(tensor, OWN_CODE, straight=False)
             made.taken = True
+            for entered in (each for around in self._around for each in around):
+                entered.taken_inside |= entered.made is made
             chained = made.straight and self._in_chain and made.source != OWN_CODE
-            self._passed.append((made.source, unit, chained, made.taker, made.inside, TensorSpec.of(tensor)))
+            self._passed.append((made.source, unit, chained, made.taker, TensorSpec.of(tensor)))
             made.taker = made.taker or unit
 
     def make(self, unit: str, outputs: Iterable[Tensor]) -> None:
@@ -134,10 +160,10 @@ class Tracker:
     def flows(self, rows: int) -> tuple[Flow, ...]:
         """All flows, equal ones added up, in the order in which they were seen."""
         passed = list(self._passed)
-        passed += [(made.source, OWN_CODE, False, None, "", made.spec) for made in self._outputs if not made.taken]
-        sizes: dict[tuple[str, str, bool, str | None, str, bool], Line] = {}
-        for source, target, chained, taker, inside, spec in passed:
-            key = (source, target, chained, taker, inside, spec.requires_grad)
+        passed += [(made.source, OWN_CODE, False, None, made.spec) for made in self._outputs if not made.taken]
+        sizes: dict[tuple[str, str, bool, str | None, bool], Line] = {}
+        for source, target, chained, taker, spec in passed:
+            key = (source, target, chained, taker, spec.requires_grad)
             sizes[key] = sizes.get(key, Line()) + spec.line(rows)
         return tuple(
             Flow(
@@ -147,9 +173,24 @@ class Tracker:
                 has_gradient=has_gradient,
                 size_bytes=size,
                 taken_before_by=taker,
-                made_inside=inside,
             )
-            for (source, target, chained, taker, inside, has_gradient), size in sizes.items()
+            for (source, target, chained, taker, has_gradient), size in sizes.items()
+        )
+
+    def entering(self, rows: int) -> tuple[Entering, ...]:
+        """What modules with units were called with, in the order in which that was seen."""
+        numbers: dict[int, int] = {}
+        return tuple(
+            Entering(
+                module=entered.module,
+                tensor=numbers.setdefault(id(entered.made), len(numbers)),
+                source=entered.made.source,
+                taken_before_by=entered.taken_before_by,
+                taken_inside=entered.taken_inside,
+                size_bytes=entered.made.spec.line(rows),
+            )
+            for entered in self._entered
+            if entered.module not in self._hidden
         )
 
     def _find(self, tensor: Tensor) -> _Made | None:
@@ -158,8 +199,7 @@ class Tracker:
         return made if made is not None and made.ref() is tensor and made.version == _version(tensor) else None
 
     def _add(self, tensor: Tensor, source: str, *, straight: bool) -> _Made:
-        inside = self._modules[-1][0] if self._modules and source == OWN_CODE else ""
-        made = _Made(source, TensorSpec.of(tensor), straight, _version(tensor), weakref.ref(tensor), inside)
+        made = _Made(source, TensorSpec.of(tensor), straight, _version(tensor), weakref.ref(tensor))
         self._made[id(tensor)] = made
         return made
 

@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hetero.errors import ProfileError
 from lightning_hetero.graph.model import ModelGraph
 from lightning_hetero.profile.clock import synchronize
-from lightning_hetero.profile.costs import Flow
+from lightning_hetero.profile.costs import Entering, Flow
 from lightning_hetero.profile.coupled import coupled_modules
 from lightning_hetero.profile.flows import TensorSpec, Tracker
 from lightning_hetero.profile.own_code import OwnCodeTracker
 from lightning_hetero.profile.sample import Sample, autocast_dtype, has_values, sort_of_call, sort_of_module
-from lightning_hetero.profile.structure import tensors_in
+from lightning_hetero.profile.structure import all_visible, tensors_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +162,15 @@ class Recording:
         """
         return self._tracker.flows(self.rows)
 
+    @property
+    def entering(self) -> tuple[Entering, ...]:
+        """What modules with units are called with.
+
+        Raises:
+            ProfileError: Nothing was recorded.
+        """
+        return self._tracker.entering(self.rows)
+
     def _check(self) -> None:
         name = type(self.module).__name__
         if self._state != "done":
@@ -256,7 +265,7 @@ class Recording:
         self._since_s = time.perf_counter()
 
     def _enter_module(self, chain: bool, name: str, args: Any, kwargs: Any) -> None:
-        self._tracker.enter_module(name, tensors_in((args, kwargs)), chain=chain)
+        self._tracker.enter_module(name, all_visible((args, kwargs)), chain=chain)
         self.own_code.modules.append(name)
 
     def _leave_module(self, output: Any) -> None:

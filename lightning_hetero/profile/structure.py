@@ -72,6 +72,30 @@ def all_tensors(obj: Any) -> list[Tensor]:
     return found
 
 
+def all_visible(obj: Any) -> list[Tensor] | None:
+    """The tensors of a structure, each one once, as they stand there; None if some may be out of sight.
+
+    That is in objects of other classes, and tensors without a shape. Nothing is built anew.
+    """
+    found: dict[int, Tensor] = {}
+    todo = [obj]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, Tensor):
+            if each.is_nested:
+                return None
+            found[id(each)] = each
+        elif isinstance(each, dict):
+            todo += reversed(dict.values(each))
+        elif isinstance(each, (list, tuple)):
+            todo += reversed(each)
+        elif dataclasses.is_dataclass(each) and not isinstance(each, type):
+            todo += [getattr(each, field.name, None) for field in reversed(dataclasses.fields(each))]
+        elif not isinstance(each, (*_PLAIN, torch.nn.Module)):
+            return None
+    return [*found.values()]
+
+
 def tensors_in(obj: Any) -> list[Tensor]:
     """The tensors of a structure, each one once."""
     return list({id(tensor): tensor for tensor in all_tensors(obj)}.values())

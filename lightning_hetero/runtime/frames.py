@@ -1,4 +1,4 @@
-"""What this thread is in the middle of: a stack of the placed modules whose `forward` is running."""
+"""What this thread is in the middle of: the placed modules whose `forward` is running, innermost last, and for whom."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from lightning_hetero.profile.costs import Line
-from lightning_hetero.simulate.costs import Costs, Flow
+from lightning_hetero.simulate.costs import Costs, Entering, Flow
 from lightning_hetero.simulate.rerun import Piece, handed_on, piece_of_units
 from lightning_hetero.simulate.route import Route
 
@@ -207,6 +207,7 @@ def _kept(
     leaving: list[set[tuple[Line, bool]]] = [set() for _ in costs.units]
     passing = [(Line(), Line())] * len(costs.units)
     entering = [Line()] * len(costs.units)
+    chained: set[tuple[int, int]] = set()  # makers and pieces between which nothing goes home
     in_chain = {unit for flow in costs.flows if flow.chained for unit in (flow.source, flow.target)}
     for flow in costs.flows:
         here = where[flow.source] if flow.source >= 0 else costs.root
@@ -215,7 +216,9 @@ def _kept(
         stays = here == there and (here == costs.root or inside)
         if flow.target >= 0:
             piece = piece_of[flow.target]
-            enters = piece >= 0 and piece != _piece_of_maker(costs, flow, piece_of)
+            if flow.chained:
+                chained.add((flow.source, piece))
+            enters = piece >= 0 and (flow.source < 0 or piece_of[flow.source] != piece)
             again = stays and flow.taken_before >= 0 and where[flow.taken_before] == there
             again = again and piece_of[flow.taken_before] in (-1, piece)
             saved = stays and flow.source >= 0 and piece_of[flow.source] in (-1, piece) and _saves_output(costs, flow)
@@ -236,18 +239,73 @@ def _kept(
             else:
                 saved = piece_of[flow.source] < 0 and _saves_output(costs, flow)
                 leaving[flow.source].add((flow.size_bytes, saved))
+    for unit, (enters_line, hidden) in _given(costs, where, is_block, piece_of, chained).items():
+        kept[unit] += hidden
+        piece = piece_of[unit]
+        for other, its_piece in enumerate(piece_of):
+            if its_piece == piece:
+                entering[other] = Line()
+        entering[unit] = enters_line
     for unit, flows in enumerate(leaving):
         entering[unit] = sum((size for size, saved in flows if not saved), entering[unit])
         kept[unit] = sum((size for size, saved in flows if not saved), kept[unit])
     return kept, [sum((size for size, _ in flows), Line()) for flows in leaving], passing, entering
 
 
-def _piece_of_maker(costs: Costs, flow: Flow, piece_of: list[int]) -> int:
-    """The piece that makes what flows; -1 for none."""
-    if flow.source >= 0:
-        return piece_of[flow.source]
-    # Of a tensor without gradient nobody knows whether it was made there: a mask may be an attribute of long ago.
-    return _piece_around(costs, flow.made_inside, flow.target, piece_of) if flow.has_gradient else -1
+def _given(
+    costs: Costs, where: list[int], is_block: list[bool], piece_of: list[int], chained: set[tuple[int, int]]
+) -> dict[int, tuple[Line, Line]]:
+    """What each piece that is a module is called with and nobody else keeps, by its first unit.
+
+    Flows do not tell: own code may be the only one that looks at such a tensor, and make what units take.
+
+    Returns:
+        All of it, and the part of it that no unit of the piece takes.
+    """
+    units_of: dict[int, list[int]] = {}
+    for unit, piece in enumerate(piece_of):
+        units_of.setdefault(piece, []).append(unit)
+    called = [sorted(costs.index_of[name] for name in names if name in costs.index_of) for names in costs.around]
+    found: dict[int, tuple[Line, Line]] = {}
+    modules: dict[int, int] = {}  # of each piece, the outermost
+    counted: set[tuple[int, int]] = set()
+    for entering in costs.entering:
+        if entering.module < 0 or not called[entering.module]:
+            continue
+        first = called[entering.module][0]
+        piece = piece_of[first]
+        if piece < 0 or called[entering.module] != units_of[piece]:
+            continue
+        if modules.setdefault(piece, entering.module) != entering.module:
+            continue
+        total, hidden = found.setdefault(first, (Line(), Line()))
+        stays = _stays(costs, entering, where, is_block, (entering.source, piece) in chained)
+        there = where[first]
+        if stays and ((there, entering.tensor) in counted or _is_kept(costs, entering, there, where, piece_of)):
+            continue
+        counted.add((there, entering.tensor))
+        size = entering.size_bytes
+        found[first] = (total + size, hidden if entering.taken_inside else hidden + size)
+    return found
+
+
+def _stays(costs: Costs, entering: Entering, where: list[int], is_block: list[bool], chained: bool) -> bool:
+    """Whether a module gets the very tensor, and no copy."""
+    here = where[entering.source] if entering.source >= 0 else costs.root
+    there = next(where[costs.index_of[name]] for name in costs.around[entering.module] if name in costs.index_of)
+    inside = chained or (entering.around >= 0 and is_block[entering.around])
+    return here == there and (here == costs.root or inside)
+
+
+def _is_kept(costs: Costs, entering: Entering, there: int, where: list[int], piece_of: list[int]) -> bool:
+    """Whether a unit outside of all pieces keeps the tensor in any case, as its output or its input."""
+    source, taker = entering.source, entering.taken_before
+    if taker >= 0 and where[taker] == there and piece_of[taker] < 0:
+        return True
+    if source < 0 or piece_of[source] >= 0:
+        return False
+    unit = costs.units[source]
+    return _keeps(unit.saved_output_bytes.scaled(unit.calls), entering.size_bytes)
 
 
 def _saved_share(costs: Costs, flow: Flow) -> float:

@@ -28,7 +28,28 @@ class Flow(NamedTuple):
     has_gradient: bool
     around: int
     taken_before: int = -1
-    made_inside: int = -1
+
+
+class Entering(NamedTuple):
+    """A tensor that a module is called with, by indices as in `Flow`; see `lightning_hetero.profile.costs.Entering`.
+
+    Attributes:
+        module: Index of the module in `Costs.around`.
+        tensor: Number of the tensor.
+        source: Index of the unit that made it.
+        taken_before: Index of the unit that took it first, before.
+        taken_inside: Whether there is a flow for it.
+        around: Index of the module that holds the maker and this module.
+        size_bytes: Its size.
+    """
+
+    module: int
+    tensor: int
+    source: int
+    taken_before: int
+    taken_inside: bool
+    around: int
+    size_bytes: Line
 
 
 class Code(NamedTuple):
@@ -96,6 +117,7 @@ class Costs:
         is_coupled: Whether rows depend on each other, so that "forward" runs batches whole.
         units: The units that are called, in the order of their first call. Others cost memory and no time.
         flows: What passes between them.
+        entering: What modules are called with.
         code: The model's own code between them.
         waiting: Gradients that wait for others.
         inputs: Bytes of the inputs of each unit.
@@ -135,6 +157,7 @@ class Costs:
         self.trained_bytes = tuple(graph[unit.name].trainable_bytes if training else 0 for unit in self.units)
         self.around = self._modules()
         self.flows = tuple(self._flows())
+        self.entering = tuple(self._entering()) if training else ()
         self.code = tuple(self._code()) if training else ()
         self.waiting = tuple(self._waits()) if training else ()
         self.inputs = self._inputs()
@@ -198,7 +221,8 @@ class Costs:
         """The units below each module that flowing units have in common; if they share a device, it is a block."""
         names = self.graph.names
         prefixes = dict.fromkeys(_common(flow.source, flow.target) for flow in self.profile.flows)
-        prefixes |= dict.fromkeys(flow.made_inside for flow in self.profile.flows)
+        for entering in self.profile.entering:
+            prefixes |= dict.fromkeys((entering.module, _common(entering.source, entering.module)))
         prefixes |= dict.fromkeys(code.around for code in self.profile.code)
         prefixes |= dict.fromkeys(wait.around for wait in self.profile.waiting)
         self._prefix_of = {prefix: index for index, prefix in enumerate(prefixes)}
@@ -217,10 +241,22 @@ class Costs:
                     flow.has_gradient and self.training,
                     self._around(_common(flow.source, flow.target)),
                     self.index_of.get(flow.taken_before_by or "", -1),
-                    self._around(flow.made_inside),
                 )
             )
         return found
+
+    def _entering(self) -> Iterator[Entering]:
+        for entering in self.profile.entering:
+            source, module = entering.source, entering.module
+            yield Entering(
+                self._around(module),
+                entering.tensor,
+                self.index_of.get(source, -1),
+                self.index_of.get(entering.taken_before_by or "", -1),
+                entering.taken_inside,
+                self._around(_common(source, module)),
+                entering.size_bytes,
+            )
 
     def _code(self) -> Iterator[Code]:
         for code in self.profile.code:

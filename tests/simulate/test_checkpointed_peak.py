@@ -52,6 +52,18 @@ class Functional(nn.Module):
         return torch.tanh(inner)
 
 
+class Scaled(nn.Module):
+    """Own code is the only one that looks at the input, and makes what the first unit takes. Input (rows, WIDTH)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Tensor = self.down(self.up(x * 0.5))
+        return x + inner
+
+
 def chain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Sigmoid(), nn.Linear(2 * WIDTH, WIDTH))
 
@@ -64,6 +76,7 @@ MODELS: dict[str, Callable[[], list[nn.Module]]] = {
     "chains": lambda: [chain() for _ in range(6)],
     "residual": lambda: [Residual() for _ in range(6)],
     "functional": lambda: [nn.Linear(WIDTH, WIDTH), *(Functional() for _ in range(5)), nn.Linear(WIDTH, WIDTH)],
+    "scaled": lambda: [Scaled() for _ in range(8)],
     "encoder": lambda: [encoder() for _ in range(4)],
 }
 

@@ -153,7 +153,7 @@ class UnitCall:
         if self._places is not None:
             known = lane.fresh_gradients
             ready = None if known is None else known.ready([g for g in given if g is not None])
-            arriving = send(given, self._places, ready)
+            arriving, given = send(given, self._places, ready), ()  # which may go as soon as they are copied
         task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, given, arriving))
         if worker.takes_help and is_plain():
             self._result = partial(worker.help, place, call.number, task)
@@ -266,8 +266,8 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
         Cancelled: Another lane has failed.
     """
     call = lane.call
+    call.check()
     if stays_in_its_thread() is not None:
-        call.check()
         return unit.run(*args, **kwargs)
     if unit.replicas:
         unit = call.replica(lane, unit)

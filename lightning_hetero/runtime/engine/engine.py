@@ -72,6 +72,7 @@ class Engine:
         cut_calls: How many calls of regions were cut so far.
         reasons: Why regions ran whole, a sentence each.
         threads: The workers and the lanes.
+        interceptions: What stands in the place of the modules' calls.
     """
 
     def __init__(

@@ -170,6 +170,10 @@ class Crew:
         lanes: The lanes, in order.
         work: What each of them does.
         in_flight: How many may be under way at once; each that ends starts the next.
+
+    Attributes:
+        left: Counts the lanes that have not ended.
+        failed: Whether some lane has failed, or the call was interrupted: then all stop.
     """
 
     def __init__(self, pool: LanePool, lanes: Sequence[Lane], work: Callable[[Lane], None], in_flight: int) -> None:
@@ -181,15 +185,6 @@ class Crew:
         self.failed = False
         for _ in range(min(in_flight, len(lanes))):
             pool.put(self._run)
-
-    def check(self) -> None:
-        """Stop what belongs to a call that has failed.
-
-        Raises:
-            Cancelled: Some lane has failed, or the call was interrupted.
-        """
-        if self.failed:
-            raise Cancelled
 
     def raise_first(self, where: str) -> None:
         """Raise what the first of the failed lanes raised, with its own type and traceback."""
@@ -214,8 +209,8 @@ class Crew:
 
     def _run_one(self, lane: Lane) -> None:
         try:
-            self.check()
-            self._work(lane)
+            if not self.failed:
+                self._work(lane)
         except Cancelled:
             pass
         except BaseException as error:
