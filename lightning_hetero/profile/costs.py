@@ -119,7 +119,8 @@ class Flow:
         target: Name of the unit that takes them; "" for the model's own code, such as the loss.
         size_bytes: How much.
         chained: Whether they pass from one to the other inside of an `nn.Sequential`, straight from device to device.
-            All else passes through the root device.
+            All else passes through the root device. To own code: whether an `nn.Sequential` called the unit, so that
+            they go home when that has ended.
         has_gradient: Whether as much comes back in the backward.
         taken_before_by: The unit that took the same tensors first, if it was not this call; None if nobody did.
     """

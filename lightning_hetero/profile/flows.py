@@ -55,6 +55,7 @@ class _Made:
         source: The unit that made it; "" for own code and the batch.
         spec: What it looks like.
         straight: Whether it is still inside of the chain in which it was made.
+        in_chain: Whether it was made in one.
         version: How often it had been changed in place by then.
         ref: The tensor, as long as it lives.
         taken: Whether it was passed on already, so that own code is not the one that waits for it.
@@ -64,6 +65,7 @@ class _Made:
     source: str
     spec: TensorSpec
     straight: bool
+    in_chain: bool
     version: int
     ref: weakref.ref[Tensor]
     taken: bool = False
@@ -160,7 +162,7 @@ class Tracker:
     def flows(self, rows: int) -> tuple[Flow, ...]:
         """All flows, equal ones added up, in the order in which they were seen."""
         passed = list(self._passed)
-        passed += [(made.source, OWN_CODE, False, None, made.spec) for made in self._outputs if not made.taken]
+        passed += [(made.source, OWN_CODE, made.in_chain, None, made.spec) for made in self._outputs if not made.taken]
         sizes: dict[tuple[str, str, bool, str | None, bool], Line] = {}
         for source, target, chained, taker, spec in passed:
             key = (source, target, chained, taker, spec.requires_grad)
@@ -199,7 +201,7 @@ class Tracker:
         return made if made is not None and made.ref() is tensor and made.version == _version(tensor) else None
 
     def _add(self, tensor: Tensor, source: str, *, straight: bool) -> _Made:
-        made = _Made(source, TensorSpec.of(tensor), straight, _version(tensor), weakref.ref(tensor))
+        made = _Made(source, TensorSpec.of(tensor), straight, straight, _version(tensor), weakref.ref(tensor))
         self._made[id(tensor)] = made
         return made
 

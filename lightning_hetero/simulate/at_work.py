@@ -208,7 +208,6 @@ def _kept(
     passing = [(Line(), Line())] * len(costs.units)
     entering = [Line()] * len(costs.units)
     chained: set[tuple[int, int]] = set()  # makers and pieces between which nothing goes home
-    in_chain = {unit for flow in costs.flows if flow.chained for unit in (flow.source, flow.target)}
     for flow in costs.flows:
         here = where[flow.source] if flow.source >= 0 else costs.root
         there = where[flow.target] if flow.target >= 0 else costs.root
@@ -233,7 +232,7 @@ def _kept(
                 found, moved = passing[flow.target]
                 passing[flow.target] = (found + rest, moved) if here == there else (found, moved + rest)
         if cut and flow.source >= 0 and (flow.target < 0 or not stays):
-            if flow.source in in_chain and not flow.chained and here != costs.root:
+            if flow.source in costs.in_chain and not flow.chained and here != costs.root:
                 # It goes to the root at the end of the chain, and its gradient comes there.
                 leaving[flow.source].add((flow.size_bytes.scaled(2.0), False))
             else:

@@ -24,10 +24,11 @@ class Flow(NamedTuple):
     source: int
     target: int
     size_bytes: Line
-    chained: bool
+    chained: bool  # to own code: no, see `leaves_chain`
     has_gradient: bool
     around: int
     taken_before: int = -1
+    leaves_chain: bool = False
 
 
 class Entering(NamedTuple):
@@ -120,6 +121,7 @@ class Costs:
         entering: What modules are called with.
         code: The model's own code between them.
         waiting: Gradients that wait for others.
+        in_chain: Units that are called in an `nn.Sequential`.
         inputs: Bytes of the inputs of each unit.
         kept: What autograd keeps of each unit, its inputs included.
         paths: What links take, by indices of sender and receiver.
@@ -160,6 +162,8 @@ class Costs:
         self.entering = tuple(self._entering()) if training else ()
         self.code = tuple(self._code()) if training else ()
         self.waiting = tuple(self._waits()) if training else ()
+        self.in_chain = {unit for flow in self.flows if flow.chained for unit in (flow.source, flow.target)}
+        self.in_chain |= {flow.source for flow in self.flows if flow.leaves_chain}
         self.inputs = self._inputs()
         self.kept = tuple(u.saved_bytes.scaled(u.calls) + line for u, line in zip(self.units, self.inputs, strict=True))
         self.paths = tuple(tuple(_path(inventory, a, b) for b in inventory) for a in inventory)
@@ -241,6 +245,7 @@ class Costs:
                     flow.has_gradient and self.training,
                     self._around(_common(flow.source, flow.target)),
                     self.index_of.get(flow.taken_before_by or "", -1),
+                    flow.chained and source >= 0 > target,
                 )
             )
         return found

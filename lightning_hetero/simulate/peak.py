@@ -177,11 +177,10 @@ def _gradients_on_their_way(route: Route, rows: int) -> dict[int, Line]:
 def _trial(costs: Costs, route: Route, rows: int) -> dict[int, float]:
     """What the trial before the first cut needs: it runs the region whole and in parts, and compares what comes out."""
     where = [run.device for run in route.runs for _ in range(run.first, run.stop)]
-    in_chain = {unit for flow in costs.flows if flow.chained for unit in (flow.source, flow.target)}
     most = _inference(costs, route, [rows])
     for flow in costs.flows:
         if flow.target < 0 <= flow.source:
-            device = where[flow.source] if flow.source in in_chain else costs.root
+            device = where[flow.source] if flow.source in costs.in_chain else costs.root
             most[device] = most.get(device, 0.0) + _COMPARED * flow.size_bytes(rows)
         elif flow.source < 0:
             most[costs.root] = most.get(costs.root, 0.0) + _COPIED * flow.size_bytes(rows)

@@ -89,7 +89,7 @@ def route(costs: Costs, device_of: Mapping[str, str]) -> Route:
     alone = [False] * len(where)  # whether a unit gets its inputs from the root, as a piece of its own
     joined = [False] * len(where)
     outputs = Line()
-    for source, target, size, chained, gradient, around, _ in costs.flows:
+    for source, target, size, chained, gradient, around, *_ in costs.flows:
         here = where[source] if source >= 0 else root
         there = where[target] if target >= 0 else root
         if source >= 0 and target >= 0 and ((around >= 0 and is_block[around]) or (chained and here == there)):

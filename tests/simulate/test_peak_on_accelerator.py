@@ -104,8 +104,7 @@ def predicted(
 
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    # Convolutions in micro-batches are 8 % too low now and then: what waits at the border is a matter of timing.
-    kinds=st.lists(st.sampled_from(sorted(LAYERS.keys() - {"convolutions"})), min_size=2, max_size=5),
+    kinds=st.lists(st.sampled_from(sorted(LAYERS)), min_size=2, max_size=5),
     chain=st.booleans(),
     micro_batches=st.sampled_from([1, 2, 4]),
     data=st.data(),
@@ -125,6 +124,17 @@ def test_no_plan_takes_more_than_predicted(
     found = peaks(model, device_of, execution, devices)
     for name, peak in found.items():
         assert peak <= expected.get(name, 0) + SMALL_BYTES
+
+
+def test_inputs_of_a_unit_go_when_its_backward_is_over(devices: EmulatedAccelerator) -> None:
+    """And not with the micro-batch: its gradients may still be on their way while the next one is at work."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Convolutions())
+    *near, far = find_units(model).names
+    device_of = {**dict.fromkeys(near, devices.devices[0]), far: devices.devices[1]}
+    execution = Execution(micro_batches=2, schedule="forward")
+    expected = predicted(model, device_of, execution, devices)[devices.devices[1]]
+    for _ in range(4):  # which of two threads is faster is a matter of luck
+        assert peaks(model, device_of, execution, devices)[devices.devices[1]] <= expected + SMALL_BYTES
 
 
 @pytest.mark.parametrize("kinds", [["gelu", "norm"], ["norm", "norm"]], ids=" ".join)

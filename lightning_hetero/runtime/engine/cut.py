@@ -100,7 +100,7 @@ class UnitCall:
         unit: The unit.
         number: Index of the call in its lane.
         leaves: The leaves that the unit's graph depends on, inputs aside; the originals of those that are copies.
-        inner: Nodes of the unit's graph, where they are checked for capture; None otherwise.
+        inner: Nodes of the unit's graph, until they have been checked for capture; None otherwise.
     """
 
     __slots__ = (

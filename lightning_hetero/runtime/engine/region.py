@@ -219,6 +219,8 @@ class RegionCall(Call):
                     raise CannotCutError("it uses checkpoint(use_reentrant=True), which torch refuses here")
                 seen |= own
             lane.nodes = set()
+            for call in lane.units:
+                call.inner = None  # they would keep the unit's inputs until the whole lane's backward has ended
         self._parameters = list(found.values())
 
     # Backward
