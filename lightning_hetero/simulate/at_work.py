@@ -263,18 +263,17 @@ def _given(
     """
     units_of: dict[int, list[int]] = {}
     for unit, piece in enumerate(piece_of):
-        units_of.setdefault(piece, []).append(unit)
-    called = [sorted(costs.index_of[name] for name in names if name in costs.index_of) for names in costs.around]
+        if piece >= 0:
+            units_of.setdefault(piece, []).append(unit)
     found: dict[int, tuple[Line, Line]] = {}
     modules: dict[int, int] = {}  # of each piece, the outermost
     counted: set[tuple[int, int]] = set()
-    for entering in costs.entering:
-        if entering.module < 0 or not called[entering.module]:
+    for entering in costs.entering if units_of else ():
+        called = costs.called_in[entering.module] if entering.module >= 0 else ()
+        piece = piece_of[called[0]] if called else -1
+        if piece < 0 or [*called] != units_of[piece]:
             continue
-        first = called[entering.module][0]
-        piece = piece_of[first]
-        if piece < 0 or called[entering.module] != units_of[piece]:
-            continue
+        first = called[0]
         if modules.setdefault(piece, entering.module) != entering.module:
             continue
         total, hidden = found.setdefault(first, (Line(), Line()))
@@ -291,7 +290,7 @@ def _given(
 def _stays(costs: Costs, entering: Entering, where: list[int], is_block: list[bool], chained: bool) -> bool:
     """Whether a module gets the very tensor, and no copy."""
     here = where[entering.source] if entering.source >= 0 else costs.root
-    there = next(where[costs.index_of[name]] for name in costs.around[entering.module] if name in costs.index_of)
+    there = where[costs.called_in[entering.module][0]]
     inside = chained or (entering.around >= 0 and is_block[entering.around])
     return here == there and (here == costs.root or inside)
 

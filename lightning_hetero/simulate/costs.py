@@ -121,6 +121,8 @@ class Costs:
         entering: What modules are called with.
         code: The model's own code between them.
         waiting: Gradients that wait for others.
+        around: The names of the units below each module that the profile speaks of.
+        called_in: Those of them that are called, by index.
         in_chain: Units that are called in an `nn.Sequential`.
         inputs: Bytes of the inputs of each unit.
         kept: What autograd keeps of each unit, its inputs included.
@@ -158,6 +160,9 @@ class Costs:
         self.loose_bytes = loose_need(graph, training, optimizer_factor).total_bytes
         self.trained_bytes = tuple(graph[unit.name].trainable_bytes if training else 0 for unit in self.units)
         self.around = self._modules()
+        self.called_in = tuple(
+            tuple(sorted(self.index_of[name] for name in names if name in self.index_of)) for names in self.around
+        )
         self.flows = tuple(self._flows())
         self.entering = tuple(self._entering()) if training else ()
         self.code = tuple(self._code()) if training else ()
