@@ -201,7 +201,14 @@ class Tracker:
         return made if made is not None and made.ref() is tensor and made.version == _version(tensor) else None
 
     def _add(self, tensor: Tensor, source: str, *, straight: bool) -> _Made:
-        made = _Made(source, TensorSpec.of(tensor), straight, straight, _version(tensor), weakref.ref(tensor))
+        made = _Made(
+            source=source,
+            spec=TensorSpec.of(tensor),
+            straight=straight,
+            in_chain=straight,
+            version=_version(tensor),
+            ref=weakref.ref(tensor),
+        )
         self._made[id(tensor)] = made
         return made
 

@@ -238,13 +238,12 @@ def _kept(
             else:
                 saved = piece_of[flow.source] < 0 and _saves_output(costs, flow)
                 leaving[flow.source].add((flow.size_bytes, saved))
-    for unit, (enters_line, hidden) in _given(costs, where, is_block, piece_of, chained).items():
-        kept[unit] += hidden
-        piece = piece_of[unit]
-        for other, its_piece in enumerate(piece_of):
-            if its_piece == piece:
-                entering[other] = Line()
-        entering[unit] = enters_line
+    given = _given(costs, where, is_block, piece_of, chained)
+    known = {piece_of[first] for first in given}
+    for unit, piece in enumerate(piece_of):
+        if piece in known:  # what it is called with is kept once, and not what its units take
+            entering[unit], hidden = given.get(unit, (Line(), Line()))
+            kept[unit] += hidden
     for unit, flows in enumerate(leaving):
         entering[unit] = sum((size for size, saved in flows if not saved), entering[unit])
         kept[unit] = sum((size for size, saved in flows if not saved), kept[unit])
