@@ -160,6 +160,13 @@ def logged_results(trainer: Any) -> Any:
     return trainer._results
 
 
+def result_collections(trainer: Any) -> list[Any]:
+    """What `self.log` collects in, in every loop that has it."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    loops = (epoch_loop, epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+    return [loop._results for loop in loops]
+
+
 def steps_taken(trainer: Any) -> int:
     """The number under which the Trainer's own metrics of a training step go to the loggers."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

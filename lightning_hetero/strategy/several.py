@@ -18,7 +18,14 @@ from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.runtime.processes.group import Address, is_one_host
 from lightning_hetero.strategy._compat import Host, accumulates, has_trainer, train_loaders
 from lightning_hetero.strategy.balance import Balance
-from lightning_hetero.strategy.guests import LoggedMetrics, OwnSamplers, QuietSigterm, TakesBatches
+from lightning_hetero.strategy.guests import (
+    LoggedMetrics,
+    LogsByRows,
+    MeansByRows,
+    OwnSamplers,
+    QuietSigterm,
+    TakesBatches,
+)
 from lightning_hetero.strategy.team import Team
 
 if TYPE_CHECKING:
@@ -82,7 +89,7 @@ class OneOfSeveralCore(_Base):
     _num_nodes = 1
     _shares: tuple[float, ...] = ()
     _team: Team | None = None  # while a run goes on in several processes
-    _guests: Sequence[OwnSamplers | TakesBatches | LoggedMetrics] = ()
+    _guests: Sequence[OwnSamplers | TakesBatches | LoggedMetrics | MeansByRows | LogsByRows] = ()
     _sigterm: QuietSigterm | None = None
     _balance: Balance | None = None
 
@@ -147,6 +154,8 @@ class OneOfSeveralCore(_Base):
                 f"{address.size}."
             )
         self._team = Team(address, self._shares, timeout_s, {"shares": list(self._shares), **facts})
+        module: Any = self.lightning_module
+        self._guests = (OwnSamplers(module.trainer, self._team),)  # a hook `setup` may ask for the data already
 
     def _begin_together(self, team: Team, trainer: Any, model: nn.Module, devices: Sequence[torch.device]) -> None:
         """All processes begin with the same numbers, and stand in the places of Lightning's where they have to."""
@@ -158,9 +167,11 @@ class OneOfSeveralCore(_Base):
             )
         team.adopt(model, devices)
         self._guests = (
-            OwnSamplers(trainer, team),
+            *self._guests,
             TakesBatches(self.precision_plugin, team),
             LoggedMetrics(trainer, model, team),
+            MeansByRows(trainer, model, team),
+            LogsByRows(trainer, self, team),
         )
         self._sigterm = QuietSigterm(trainer, team)
         self._balance = None if self._shares or not team.deals else Balance(team)
@@ -225,9 +236,10 @@ class OneOfSeveralCore(_Base):
         """
         module: Any = self.lightning_module
         if not module.automatic_optimization:
-            team.check_manual()
+            team.check_manual(self.optimizers)
         else:
-            team.hold_sums()
+            if in_parts:  # the backward of each part runs within the step
+                team.hold_sums()
             if not accumulates(module.trainer):
                 team.before_step()
         if in_parts:
@@ -249,12 +261,12 @@ class OneOfSeveralCore(_Base):
         """As Lightning's, with sums of gradients before hooks see them."""
         module: Any = self.lightning_module
         automatic = module.automatic_optimization
+        team.hold_sums()
         if not automatic:
-            team.hold_sums()
             team.before_step()
         plugin = self.precision_plugin
         self.pre_backward(loss)
-        loss = plugin.pre_backward(loss * team.weight, module)
+        loss = plugin.pre_backward(loss, module) * team.weight  # after it: hooks see the loss of the step
         with team.backward():
             plugin.backward(loss, module, *args, **kwargs)
         if automatic:
@@ -275,14 +287,22 @@ class OneOfSeveralCore(_Base):
             return self._team
         return None if module.trainer.state.status.value == "interrupted" else self._team
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean", name: str = "") -> Any:
         """Sum, mean or another reduction over the processes.
 
         A mean within a step weighs each process by its rows of the batch, so that it is that of the whole batch if each
         process gives the mean of its rows.
+
+        Args:
+            tensor: Of this process.
+            group: Of torch; None: all processes.
+            reduce_op: "mean", "sum" and so on, or one of torch's.
+            name: Of what is logged; empty if nothing is.
         """
         team = self._listening
-        return team.reduce(tensor, group, reduce_op) if team is not None and isinstance(tensor, Tensor) else tensor
+        return (
+            team.reduce(tensor, group, reduce_op, name) if team is not None and isinstance(tensor, Tensor) else tensor
+        )
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """The tensors of all processes, stacked along a new first dimension.

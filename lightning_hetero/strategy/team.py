@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 GRADIENTS_VARIABLE = "HETERO_GRADIENTS"
 """Environment variable: "host" lets gradients go through host memory, whatever the devices are."""
+_MARKS = 2**20  # different names of logged values; squares of that many, summed over all processes, are exact
 _BUCKETS_OF_FREE = 8  # times the size of all gradients has to be free for buckets to be on a device
 
 
@@ -71,6 +74,7 @@ class Team:
         self.deals = True
         self.rows: Rows | None = None
         self._in_step = False
+        self._logs_batch = False
         self._reducer: GradientReducer | None = None
         self._norms: GlobalBatchNorm | None = None
         self._parameters: list[nn.Parameter] = []
@@ -78,10 +82,14 @@ class Team:
         self._hooks: list[Any] = []  # of parameters, with manual optimization
         self._in_backward = False
         self._stray = False  # whether gradients came from a backward that this class has not seen
+        self._summed: set[int] = set()  # ids of parameters whose gradients are sums that no optimizer has used yet,
+        self._used: set[int] = set()  # and those that one has used in this step
+        self._step_hooks: list[Any] = []  # of optimizers, with manual optimization
         self._buffers: list[tuple[nn.Module, str]] = []
         self._marks: list[tuple[int, int]] = []
         self._steps = 0
         self._loops: dict[str, set[int]] = {}
+        self._rows_had: dict[str, int] = {}  # by loop, how many this process had in the pass that goes on
         self._loop = TRAINING
         self._synced_metric = ""
         self._last: dict[str, tuple[Any, int]] = {}  # by loop, the latest batch with rows, and their number
@@ -166,7 +174,8 @@ class Team:
         return device if _BUCKETS_OF_FREE * self._gradient_bytes <= free_bytes else None
 
     def _let_go(self) -> None:
-        hooks, self._hooks = self._hooks, []
+        hooks = [*self._hooks, *self._step_hooks]
+        self._hooks, self._step_hooks = [], []
         for hook in hooks:
             hook.remove()
 
@@ -203,11 +212,19 @@ class Team:
         """The loader of this process.
 
         Raises:
-            UsageError: The rows of its batches cannot be dealt out; on every process.
+            UnsupportedError: The rows of its batches cannot be dealt out; on every process.
+            UsageError: The processes have different loaders; on every process.
         """
-        if not self.deals or not isinstance(loader, DataLoader) or is_dealt_by_user(loader):
+        if not self.deals or is_dealt_by_user(loader):
             return loader
         self._loaders += 1
+        if not isinstance(loader, DataLoader):
+            raise UnsupportedError(
+                f"data loader {self._loaders} is a {type(loader).__name__} and no torch.utils.data.DataLoader, so "
+                "nobody can deal its rows out to processes: each would use all of them. Use a DataLoader, or "
+                "Trainer(use_distributed_sampler=False) with a loader that gives each process another part of the "
+                "data, by torch.distributed.get_rank() and get_world_size()."
+            )
         if (loader.batch_size or self.group.size) < self.group.size and self.group.rank == 0:
             log.warning(
                 "batches of %s rows are worked on by one process after the other, as there are %s; a batch size of at "
@@ -225,6 +242,8 @@ class Team:
         self.rows = rows = self._ledger.of(batch)
         if rows is not None:
             self._saw(rows)
+            if self._loop != TRAINING:  # of those of the training, `training_begins` counts the rows
+                self._rows_had[self._loop] += rows.own
             if rows.own:
                 self._last[self._loop] = batch, rows.own
             elif self._loop in self._last:
@@ -235,6 +254,7 @@ class Team:
         """A pass over data begins: its batches come from now on."""
         self._loop = name
         self._loops[name] = set()
+        self._rows_had[name] = 0
         self._last.pop(name, None)
 
     def end_loop(self) -> None:
@@ -250,6 +270,8 @@ class Team:
         self._loop = TRAINING
         if is_first:
             self._loops[TRAINING] = set()
+        had = 0 if is_first else self._rows_had.get(TRAINING, 0)
+        self._rows_had[TRAINING] = had + (0 if self.rows is None else self.rows.own)
         if self.rows is not None:
             self._saw(self.rows)
 
@@ -261,6 +283,12 @@ class Team:
         """Learn how many rows all processes have, if user code has dealt them out."""
         if self.rows is None:
             self.rows = Rows(tuple(self.group.gather(own)), self.group.rank)
+            self._rows_had[TRAINING] = self._rows_had.get(TRAINING, 0) + own
+
+    @property
+    def rows_had(self) -> int:
+        """How many rows this process had so far in the pass over data that goes on; 0 if nobody counts them."""
+        return self._rows_had.get(self._loop, 0)
 
     @property
     def is_idle(self) -> bool:
@@ -336,12 +364,22 @@ class Team:
                 "another batch size."
             )
 
-    def check_manual(self) -> None:
-        """Refuse manual optimization where some processes have no rows: nobody knows what their step would have done.
+    def check_manual(self, optimizers: Iterable[Optimizer]) -> None:
+        """A training step with manual optimization begins. Optimizers may use gradients only that are sums.
+
+        Refuse manual optimization where some processes have no rows: nobody knows what their step would have done.
+
+        Args:
+            optimizers: Of the run.
 
         Raises:
             UnsupportedError: On all processes.
         """
+        self._summed -= self._used
+        self._used.clear()
+        for hook in self._step_hooks:  # they may be other optimizers now
+            hook.remove()
+        self._step_hooks = [each.register_step_post_hook(self._check_used) for each in optimizers]
         if self.is_incomplete:
             assert self.rows is not None
             raise UnsupportedError(
@@ -394,12 +432,27 @@ class Team:
                 "each would go its own way. Write self.manual_backward(loss) instead."
             )
 
+    def _check_used(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """After an optimizer has stepped: not before, since its closure may have run the backward."""
+        self.check_sums()
+        used = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        if not used <= self._summed:
+            raise UsageError(
+                "an optimizer has stepped with gradients that do not come from self.manual_backward(loss), such as "
+                "those of torch.autograd.grad. They are of the rows of this process only, so each would go its own "
+                "way. Write self.manual_backward(loss) instead; for gradients g of your own, let loss be the sum of "
+                "(p * g).sum() over the parameters p."
+            )
+        self._used |= used
+
     def sum_gradients(self) -> None:
         """The gradients of all processes, on all of them."""
         assert self._reducer is not None
         with self.group.answered("in the sum of gradients"):
             self._reducer.finish()
         self._holds_sums = True
+        if self._hooks:
+            self._summed |= {id(parameter) for parameter in self._parameters if parameter.grad is not None}
 
     # Exchange
 
@@ -453,16 +506,56 @@ class Team:
         assert self.rows is not None
         return self.group.subgroup(tuple(rank for rank, size in enumerate(self.rows.sizes) if size))
 
-    def reduce(self, tensor: Tensor, group: Any, op: Any) -> Tensor:
-        """As a strategy's. In a step, only processes with rows take part, and a mean is one over rows."""
+    @contextmanager
+    def logging(self, *, of_batch: bool) -> Iterator[None]:
+        """Something is logged, and maybe reduced at once.
+
+        Args:
+            of_batch: Whether in a step, or in a hook of a batch: a mean is one over its rows then. Where those hooks
+                run, all processes take part, also those that have no rows.
+        """
+        self._logs_batch = of_batch
+        try:
+            yield
+        finally:
+            self._logs_batch = False
+
+    def reduce(self, tensor: Tensor, group: Any, op: Any, name: str = "") -> Tensor:
+        """As a strategy's. In a step, only processes with rows take part, and a mean is one over rows.
+
+        Raises:
+            UnsupportedError: See `check_loop`.
+            UsageError: Another process has given a value of another name; on every process.
+        """
         self.check_loop()
         group = self._present if group is None else group
         if not (isinstance(op, str) and op.lower() in ("mean", "avg")):
             chosen = getattr(dist.ReduceOp, op.upper()) if isinstance(op, str) else op
-            return self.group.reduce(tensor, dist.ReduceOp.SUM if chosen is None else chosen, group)
-        weight = self.weight if self._in_step and self.rows is not None else 1.0 / dist.get_world_size(group)
+            return self._reduced(tensor, dist.ReduceOp.SUM if chosen is None else chosen, group, name)
+        of_batch = (self._in_step or self._logs_batch) and self.rows is not None
+        weight = self.weight if of_batch else 1.0 / dist.get_world_size(group)
         wide = tensor if tensor.is_floating_point() else tensor.double()  # a mean of numbers of rows is no whole number
-        return self.group.reduce(wide * weight, group=group)
+        # What a process without rows says may be the mean of nothing.
+        return self._reduced(wide * weight if weight else torch.zeros_like(wide), dist.ReduceOp.SUM, group, name)
+
+    def _reduced(self, tensor: Tensor, op: Any, group: Any, name: str) -> Tensor:
+        """Reduce a value of that name: gloo joins whatever the processes send next, so the message has to say what."""
+        is_sum = op == dist.ReduceOp.SUM
+        if not name or tensor.numel() != 1 or not (is_sum or op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)):
+            return self.group.reduce(tensor, op, group)
+        mark = zlib.crc32(name.encode()) % _MARKS
+        word = torch.tensor([tensor.item(), mark, mark**2 if is_sum else -mark], dtype=torch.float64)
+        value, marks, others = self.group.reduce(word, op, group).tolist()
+        # The mean of squares is the square of the mean only where all are equal; so all processes find out.
+        if others * dist.get_world_size(group) != marks**2 if is_sum else others != -marks:
+            raise UsageError(
+                f"process {self.group.rank} comes to the value that is logged as {name}, when another process comes to "
+                "one of another name: they would be mixed up. Names have to be logged with sync_dist=True for the "
+                "first time in the same order in every process. If they depend on the rows of a batch, which are "
+                "others in each process, log all of them in each step, in one order; where there is no row for a name, "
+                "0.0 with batch_size=0."
+            )
+        return torch.tensor(value, dtype=tensor.dtype, device=tensor.device).view(tensor.shape)
 
     def check_loop(self) -> None:
         """Refuse what somebody cannot take part in after a pass over data, who has not run the step that logs it.
@@ -470,7 +563,7 @@ class Team:
         Raises:
             UnsupportedError: Some process had no row in it.
         """
-        had = None if self._in_step else self._loops.get(self._loop)
+        had = None if self._in_step or self._logs_batch else self._loops.get(self._loop)
         if had and len(had) < self.group.size:
             missing = ", ".join(str(rank) for rank in range(self.group.size) if rank not in had)
             raise UnsupportedError(

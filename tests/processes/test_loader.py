@@ -64,6 +64,13 @@ class Numbers(Dataset[int]):
         return indices
 
 
+class Words(Dataset[str]):
+    """Gives what it is asked for."""
+
+    def __getitem__(self, index: str) -> str:
+        return index
+
+
 def rows_of(batch: Any) -> list[int]:
     return [] if batch is NO_ROWS else batch.tolist()
 
@@ -391,6 +398,66 @@ class Cached(DataLoader[int]):
     def __iter__(self) -> Any:
         self.kept = self.kept or list(super().__iter__())
         return iter(self.kept)
+
+
+class Stateful(DataLoader[Any]):
+    """Says where it is, in a way that is of no use for a part of each batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "batches"),
+    [
+        ({"batch_size": 4, "shuffle": True}, 5),
+        ({"batch_size": 1, "shuffle": True}, 19),  # most ranks have no row of most batches
+        ({"batch_size": 4, "shuffle": True, "num_workers": 1}, 5),  # workers are ahead of what was given
+        ({"batch_sampler": [["a", "b"], ["c"], ["d", "e", "f"]]}, 3),
+    ],
+)
+@pytest.mark.parametrize("given_batches", [0, 2, -1])
+def test_a_stateful_loader_goes_on_with_the_order_of_its_state(
+    on_ranks: OnRanks, arguments: dict[str, Any], batches: int, given_batches: int
+) -> None:
+    given_batches %= batches + 1  # -1: all
+
+    def loaded(exchange: Any) -> DataLoader[Any]:
+        torch.manual_seed(exchange.rank)
+        data: Any = Words() if "batch_sampler" in arguments else Numbers(19)
+        return deal(Stateful(data, collate_fn=list, **arguments), exchange, [1.0, 2.0, 0.5])
+
+    def rows(batch: Any) -> list[Any]:
+        return [] if batch is NO_ROWS else batch
+
+    def work(exchange: Any) -> tuple[list[Any], list[Any], int]:
+        first, second = loaded(exchange), loaded(exchange)
+        iterator = iter(first)
+        for _ in range(given_batches):
+            next(iterator)
+        # A checkpoint has the state of rank 0.
+        second.load_state_dict(exchange.broadcast(first.state_dict()))
+        left = [rows(batch) for batch in iterator]
+        return left, [rows(batch) for batch in second], len([rows(batch) for batch in second])
+
+    for left, again, after in on_ranks(3, work):
+        assert after == batches
+        if given_batches % batches:
+            assert again == left
+        else:  # at the border of an epoch, the random state says what comes next
+            assert len(again) == batches
+
+
+def test_the_state_of_a_loader_that_was_not_dealt_is_refused(on_ranks: OnRanks) -> None:
+    def work(exchange: Any) -> None:
+        deal(Stateful(Numbers(19), batch_size=4), exchange, [1.0, 1.0]).load_state_dict({"position": 3})
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, UsageError)
+        assert "in one process" in str(error)
 
 
 @pytest.mark.parametrize("kind", [Thinned, Repeated, Elsewhere, Cached])

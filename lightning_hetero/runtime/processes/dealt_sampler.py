@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from itertools import accumulate, islice
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 
 from lightning_hetero.errors import ProcessError
@@ -34,6 +35,7 @@ class DealtBatchSampler(Sampler[Any]):
     def __init__(self, source: Any, exchange: Exchange, shares: Shares) -> None:
         self.source = source
         self.turn: Turn | None = None
+        self._resumed: tuple[_Batches, int] | None = None
         self.skipped: Callable[[], None] = lambda: None  # called for every batch that is left out
         self._exchange = exchange
         self._shares = shares
@@ -41,6 +43,20 @@ class DealtBatchSampler(Sampler[Any]):
     def __iter__(self) -> Turn:
         self.turn = Turn(self._draw, Dealing(self._shares), self._exchange.rank, self.skipped)
         return self.turn
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration that began last is: its order, and how many of its batches the loader has given."""
+        batches, given = self._resumed or (None, 0)
+        if self.turn is not None and self.turn.batches is not None:
+            batches, given = self.turn.batches, self.turn.given
+        if batches is None or given >= len(batches):  # the next iteration draws a new order
+            return {"given": 0, "order": None}
+        return {"given": given, "order": batches.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on there; on every rank."""
+        order = state["order"]
+        self._resumed = None if order is None else (_Batches.from_state(order), int(state["given"]))
 
     def __len__(self) -> int:
         """Batches of all ranks together."""
@@ -56,17 +72,21 @@ class DealtBatchSampler(Sampler[Any]):
         """Batches of the iteration that began last that are dealt, those that workers are loading included."""
         return 0 if self.turn is None else len(self.turn.rows)
 
-    def _draw(self) -> tuple[_Batches, Iterator[Any]]:
-        """The batches of an iteration, the same on every rank, and what drew them.
+    def _draw(self) -> tuple[_Batches, Iterator[Any], int]:
+        """The batches of an iteration, the same on every rank, what drew them, and how many of them to leave out.
 
         Raises:
             ProcessError: The user's batch sampler failed on rank 0, which raises its error itself.
         """
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            batches, given = resumed
+            return batches, iter(()), given
         if self._exchange.rank != 0:
             failure, packed = self._exchange.broadcast(None)
             if failure:
                 raise ProcessError(f"the batch sampler of process 0 failed with {failure}")
-            return _Batches(*packed), iter(())
+            return _Batches(*packed), iter(()), 0
         try:
             drawn = iter(self.source)
             # As many as there are to be: a sampler may go on for ever.
@@ -75,7 +95,7 @@ class DealtBatchSampler(Sampler[Any]):
             self._exchange.broadcast((f"{type(error).__name__}: {error}", None))
             raise
         self._exchange.broadcast(("", packed))
-        return _Batches(*packed), drawn
+        return _Batches(*packed), drawn, 0
 
 
 class Turn(Iterator[Any]):
@@ -83,28 +103,32 @@ class Turn(Iterator[Any]):
 
     Attributes:
         rows: Of each batch that is dealt, in their order.
+        batches: All, once they are drawn.
+        given: How many of them the loader has given.
     """
 
     def __init__(
         self,
-        draw: Callable[[], tuple[Sequence[Any], Iterator[Any]]],
+        draw: Callable[[], tuple[_Batches, Iterator[Any], int]],
         dealing: Dealing,
         rank: int,
         skipped: Callable[[], None],
     ) -> None:
         self.rows: list[Rows] = []
+        self.given = 0
         self._draw = draw
         self._dealing = dealing
         self._rank = rank
         self._skipped = skipped
-        self._batches: Sequence[Any] | None = None
+        self.batches: _Batches | None = None
         self._drawn: Iterator[Any] = iter(())
 
-    def begin(self) -> Sequence[Any]:
+    def begin(self) -> _Batches:
         """Draw the order, if it is not drawn yet."""
-        if self._batches is None:
-            self._batches, self._drawn = self._draw()
-        return self._batches
+        if self.batches is None:
+            self.batches, self._drawn, self.given = batches, _, given = self._draw()
+            self.rows = [Rows(self._dealing.deal(len(batches[number])), self._rank) for number in range(given)]
+        return self.batches
 
     def __next__(self) -> Any:
         # Not before the first batch is asked for: a data loader first draws the seed of its workers, from the same
@@ -132,6 +156,21 @@ class _Batches(Sequence[Any]):
         self._plain = batches
         self._indices = array("q", indices)
         self._ends = list(accumulate(array("q", lengths), initial=0))
+
+    def state(self) -> Any:
+        """For a checkpoint: plain data and tensors."""
+        if self._plain is not None:
+            return self._plain
+        ends = torch.tensor(self._ends, dtype=torch.int64)
+        return {"indices": torch.tensor(self._indices.tolist(), dtype=torch.int64), "lengths": ends.diff()}
+
+    @classmethod
+    def from_state(cls, state: Any) -> _Batches:
+        """The same batches."""
+        if not isinstance(state, dict):
+            return cls(state, b"", b"")
+        indices, lengths = (array("q", state[key].tolist()).tobytes() for key in ("indices", "lengths"))
+        return cls(None, indices, lengths)
 
     def __len__(self) -> int:
         return len(self._ends) - 1 if self._plain is None else len(self._plain)

@@ -21,6 +21,8 @@ from lightning_hetero.runtime.processes.loader_agreement import agree_on_loader
 from lightning_hetero.runtime.processes.row_ledger import NO_ROWS, Page, RowLedger
 from lightning_hetero.schedule.dealing import Shares
 
+_STATE = "lightning_hetero"
+
 
 def deal_loader(
     loader: DataLoader[Any], exchange: Exchange, shares: Shares | Sequence[float], ledger: RowLedger, name: str
@@ -59,10 +61,10 @@ def deal_loader(
     return dealt
 
 
-def is_dealt_by_user(loader: DataLoader[Any]) -> bool:
+def is_dealt_by_user(loader: Any) -> bool:
     """Whether the user's own sampler gives each process its part, as torch's `DistributedSampler` does."""
-    batch_sampler = _users_batch_sampler(loader.batch_sampler)
-    candidates = (loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    batch_sampler = _users_batch_sampler(getattr(loader, "batch_sampler", None))
+    candidates = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     return any(
         isinstance(sampler, DistributedSampler) or (hasattr(sampler, "num_replicas") and hasattr(sampler, "rank"))
         for sampler in candidates
@@ -106,11 +108,38 @@ class DealtLoader(DataLoader[Any]):
         return _DealtIterator(iter(super().__iter__()), self._deal, before)
 
 
+class StatefulDealtLoader(DealtLoader):
+    """A dealt loader of a class that can say where it is, and go on there.
+
+    The original's own state is that of one process: it knows neither who gets which rows nor the batches of which its
+    process has none. So this one has a state of its own, with the order of the iteration.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration that goes on is; the same on every rank."""
+        return {_STATE: self._deal.sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on there; on every rank.
+
+        Raises:
+            UsageError: It is the state of a loader that was not dealt out.
+        """
+        if _STATE not in state:
+            raise UsageError(
+                f"the checkpoint has a place in the epoch that {self._deal.page.name} had in one process, and several "
+                "processes share batches in another way. Resume with one process, or from the end of an epoch."
+            )
+        self._deal.sampler.load_state_dict(state[_STATE])
+
+
 def _dealt_class(original: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
     if issubclass(original, DealtLoader):
         return original
     namespace = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    bases = (DealtLoader,) if original is DataLoader else (DealtLoader, original)
+    is_stateful = hasattr(original, "state_dict") and hasattr(original, "load_state_dict")
+    dealt = StatefulDealtLoader if is_stateful else DealtLoader
+    bases = (dealt,) if original is DataLoader else (dealt, original)
     return new_class(original.__name__, bases, exec_body=lambda body: body.update(namespace))
 
 
@@ -124,26 +153,25 @@ class _DealtIterator(Iterator[Any]):
         self._turn = self._begun()
         if self._turn is not None and deal.at_once:
             self._turn.begin()
-        self._number = 0
         self._held: list[Any] = []  # none or one: what was loaded while looking for the rows of the batches before it
 
     def __next__(self) -> Any:
         turn = self._turn
-        if turn is None or self._number >= len(turn.rows):
+        if turn is None or turn.given >= len(turn.rows):
             self._load()
             turn = self._turn or self._begun()
-        if turn is None or (self._number >= len(turn.rows) and self._held):
+        if turn is None or (turn.given >= len(turn.rows) and self._held):
             raise self._out_of_step()
         self._turn = turn
-        if self._number >= len(turn.rows):
+        if turn.given >= len(turn.rows):
             raise StopIteration
-        rows = turn.rows[self._number]
+        rows = turn.rows[turn.given]
         if rows.own and not self._held:
             self._load()
             if not self._held:
                 raise self._out_of_step()
         batch = self._held.pop() if rows.own else NO_ROWS
-        self._number += 1
+        turn.given += 1
         self._deal.page.enter(batch, rows)
         return batch
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.runtime.processes.exchange import Exchange
@@ -22,6 +24,7 @@ class _Seen:
         rows: Of the dataset; None if it does not know.
         batches: Of the loader.
         shares: Of the ranks.
+        samples: A digest of the indices of the subsets that the dataset consists of; empty: there are none.
         workers: Whether it has worker processes, which ask for batches as soon as an iteration begins.
     """
 
@@ -29,6 +32,7 @@ class _Seen:
     rows: int | None = None
     batches: int | None = None
     shares: tuple[float, ...] = ()
+    samples: str = ""
     workers: bool = False
 
 
@@ -50,6 +54,13 @@ def agree_on_loader(loader: DataLoader[Any], batch_sampler: Any, exchange: Excha
     first = seen[0]
     _same(name, "number of rows", [rank.rows for rank in seen])
     _same(name, "number of batches", [rank.batches for rank in seen])
+    if any(rank.samples != first.samples for rank in seen):
+        raise UsageError(
+            f"{name} has a dataset with a Subset whose indices are not the same in every process, so an index would "
+            "mean another sample in each, and samples for validation could be trained on. Give random_split a seed, as "
+            "in random_split(dataset, lengths, generator=torch.Generator().manual_seed(1)), or call "
+            "lightning.seed_everything before, and split nowhere by rank."
+        )
     if any(rank.shares != first.shares for rank in seen):
         raise UsageError(
             f"the processes do not agree on the shares of {name}: {_listed([rank.shares for rank in seen])}. Give "
@@ -85,7 +96,31 @@ def _look(loader: DataLoader[Any], batch_sampler: Any, shares: Shares, name: str
             f"{error}), and process 0 draws all batches of an epoch at its beginning. Give it a __len__ that says how "
             "many batches there are."
         )
-    return _Seen("", _length(lambda: len(loader.dataset)), batches, shares.current, loader.num_workers > 0)  # type: ignore[arg-type]
+    rows = _length(lambda: len(loader.dataset))  # type: ignore[arg-type]
+    return _Seen("", rows, batches, shares.current, _samples(loader.dataset), loader.num_workers > 0)
+
+
+def _samples(dataset: Any) -> str:
+    digest = hashlib.sha256()
+    subsets = 0
+    for indices in _subsets(dataset):
+        subsets += 1
+        values = indices.tolist() if hasattr(indices, "tolist") else list(indices)
+        try:
+            digest.update(array("q", values).tobytes())
+        except (TypeError, OverflowError):  # keys of another kind
+            digest.update(repr(values).encode())
+    return digest.hexdigest() if subsets else ""
+
+
+def _subsets(dataset: Any) -> Iterator[Any]:
+    """The indices of all subsets that a dataset consists of."""
+    if isinstance(dataset, Subset):
+        yield dataset.indices
+        yield from _subsets(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _subsets(part)
 
 
 def _length(of: Callable[[], int]) -> int | None:

@@ -9,14 +9,39 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lightning_hetero.errors import UsageError
+from lightning_hetero.errors import UnsupportedError, UsageError
 
 KEPT_BATCHES = 4
 """How many batches of each loader are remembered. Lightning reads one ahead at most, and each one kept costs memory."""
 
 
+_NOTHING = (
+    "this process has no rows of this batch, and had none in this pass over the data so far, so nobody knows what an "
+    "empty batch looks like for a hook that looks into it. A batch has to have at least as many rows as there are "
+    "processes to have one for each: raise batch_size, or start fewer processes."
+)
+
+
 class NoRows:
-    """What a loader gives in place of a batch of which this process has no rows. There is one, `NO_ROWS`."""
+    """What a loader gives in place of a batch of which this process has no rows. There is one, `NO_ROWS`.
+
+    It may be handed on. Code that looks into it, as into a batch, gets an error that says why there is nothing.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        raise UnsupportedError(_NOTHING)
+
+    def __len__(self) -> int:
+        raise UnsupportedError(_NOTHING)
+
+    def __bool__(self) -> bool:
+        return True  # it is no batch of length 0
+
+    def __getitem__(self, key: object) -> Any:
+        raise UnsupportedError(_NOTHING)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(_NOTHING)  # what looks whether there is such an attribute goes on without
 
     def __repr__(self) -> str:
         return "NO_ROWS"
