@@ -31,7 +31,8 @@ KILLS, QUICK_KILLS = 500, 40
 LIGHTNING_KILLS, QUICK_LIGHTNING_KILLS = 100, 10
 FLIPS, QUICK_FLIPS = 1000, 200
 NUMBERS = 1_000_000  # of a checkpoint that is written while somebody kills: 4 MB
-TIMED_NUMBERS, QUICK_TIMED_NUMBERS, ROUNDS = 50_000_000, 2_000_000, 9
+TIMED_NUMBERS, QUICK_TIMED_NUMBERS = 50_000_000, 2_000_000
+ROUNDS, QUICK_ROUNDS = 9, 2
 KEPT = 2
 
 
@@ -177,7 +178,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun_s
 
 
-def costs(numbers: int) -> dict[str, float]:
+def costs(numbers: int, rounds: int) -> dict[str, float]:
     """Of safety, as ratios of times within one run, each round measuring all in turn."""
     state = state_of(1, numbers)
     ours, lightning = HeteroCheckpointIO(), TorchCheckpointIO()
@@ -190,12 +191,12 @@ def costs(numbers: int) -> dict[str, float]:
             checkpoint_io.save_checkpoint(state, path)
             os.sync()
 
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             save["lightning"].append(seconds_of(lambda: flushed(lightning)))
             save["ours"].append(seconds_of(lambda: flushed(ours)))
             save["again"].append(seconds_of(lambda: flushed(lightning)))
         ours.save_checkpoint(state, path)
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             load["lightning"].append(seconds_of(lambda: lightning.load_checkpoint(path)))
             load["ours"].append(seconds_of(lambda: ours.load_checkpoint(path)))
     megabytes = 4 * numbers / 1e6
@@ -225,7 +226,7 @@ def main() -> None:
             "lightning_lost": float(lightning.lost),
             "lightning_damaged_left": float(lightning.damaged_left),
             **flip(QUICK_FLIPS if quick else FLIPS, chance),
-            **costs(QUICK_TIMED_NUMBERS if quick else TIMED_NUMBERS),
+            **(costs(QUICK_TIMED_NUMBERS, QUICK_ROUNDS) if quick else costs(TIMED_NUMBERS, ROUNDS)),
         }
     )
 

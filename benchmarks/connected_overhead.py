@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_hetero import HeteroStrategy
 from lightning_hetero.testing import install_accelerator
 
-STEPS = 300
+STEPS, QUICK_STEPS = 300, 20
 ROWS = 32
 WIDTH = 64
 LAYERS = 8
@@ -80,9 +80,9 @@ def placed(devices: list[str]) -> TrainerOptions:
     return lambda: connected(sorted(set(devices)), {f"net.{layer}": device for layer, device in enumerate(devices)})
 
 
-def measure(variants: Mapping[str, TrainerOptions], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds per step of every turn of every round; each round has new models and Trainers."""
-    steps = steps_needed(STEPS)
+def measure(variants: Mapping[str, TrainerOptions], rounds: int, steps: int) -> dict[str, list[float]]:
+    """CPU seconds per step of every turn of every round, of so many steps; each has new models and Trainers."""
+    steps = steps_needed(steps)
     rows = TensorDataset(torch.randn(steps * ROWS, WIDTH), torch.randint(WIDTH, (steps * ROWS,)))
 
     def fit(options: TrainerOptions) -> Callable[[pl.Callback], None]:
@@ -106,9 +106,9 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def overhead(rounds: int) -> dict[str, float]:
+def overhead(rounds: int, steps: int) -> dict[str, float]:
     """Everything on one device. Plain Lightning runs twice: its ratio to itself tells what noise is left."""
-    step_s = measure({"plain": plain, "again": plain, "default": default, "single": single}, rounds)
+    step_s = measure({"plain": plain, "again": plain, "default": default, "single": single}, rounds, steps)
     return {
         "plain_us": statistics.median(step_s["plain"]) * 1e6,
         "noise_ratio": ratio(step_s["again"], step_s["plain"]),
@@ -117,12 +117,12 @@ def overhead(rounds: int) -> dict[str, float]:
     }
 
 
-def border_cost(rounds: int) -> dict[str, float]:
+def border_cost(rounds: int, steps: int) -> dict[str, float]:
     """The same layers on the CPU and on an emulated accelerator, with few borders and with many."""
     accelerator = install_accelerator().devices[0]
     few = ["cpu"] * (LAYERS // 2) + [accelerator] * (LAYERS // 2)
     many = ["cpu", accelerator] * (LAYERS // 2)
-    step_s = measure({"plain": plain, "few": placed(few), "many": placed(many)}, rounds)
+    step_s = measure({"plain": plain, "few": placed(few), "many": placed(many)}, rounds, steps)
     more_s = statistics.median(a - b for a, b in zip(step_s["many"], step_s["few"], strict=True))
     return {
         "two_stages_ratio": ratio(step_s["few"], step_s["plain"]),
@@ -142,7 +142,8 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=advice)
     torch.set_num_threads(1)
     # In this order: once it is installed, the accelerator belongs to the devices that "hetero" finds by itself.
-    report({**overhead(1 if quick else 24), **border_cost(1 if quick else 12)})
+    steps = QUICK_STEPS if quick else STEPS
+    report({**overhead(1 if quick else 24, steps), **border_cost(1 if quick else 12, steps)})
 
 
 if __name__ == "__main__":

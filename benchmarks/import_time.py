@@ -107,8 +107,11 @@ def cpu_ms(before: str, timed: str, packages: Path, **environment: str) -> float
     return float(run(TIMED.format(before=before, timed=timed), packages, **environment).stdout)
 
 
-def figures(folder: Path, pairs: int) -> dict[str, float]:
-    """All figures, from `pairs` of Pythons with and without this package that take turns."""
+def figures(folder: Path, pairs: int, *, quick: bool) -> dict[str, float]:
+    """All figures, from `pairs` of Pythons with and without this package that take turns.
+
+    A `quick` run times the entry points in every other pair only.
+    """
     absent = installed_packages(folder / "without", with_ours=False)
     present = installed_packages(folder / "with", with_ours=True)
     imports: dict[Path, list[ImportTimes]] = {absent: [], present: []}
@@ -118,8 +121,9 @@ def figures(folder: Path, pairs: int) -> dict[str, float]:
     for pair in range(pairs):
         for packages in (absent, present) if pair % 2 else (present, absent):
             imports[packages].append(import_times_us(packages))
-            call = "torch._import_device_backends()"  # the end of `import torch`, which was left out
-            entry_points_ms[packages].append(cpu_ms("torch", call, packages, **no_entry_points))
+            if pair % 2 or not quick:
+                call = "torch._import_device_backends()"  # the end of `import torch`, which was left out
+                entry_points_ms[packages].append(cpu_ms("torch", call, packages, **no_entry_points))
         if pair % 2:
             after_torch_ms.append(cpu_ms("torch", f"import {PACKAGE}", present, **no_entry_points))
             call = f"from {PACKAGE}._autoload import register; register('lightning.pytorch')"
@@ -134,9 +138,9 @@ def figures(folder: Path, pairs: int) -> dict[str, float]:
 
 
 def main() -> None:
-    pairs = 2 if is_quick(__doc__) else 12
+    quick = is_quick(__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        report(figures(Path(folder), pairs))
+        report(figures(Path(folder), 2 if quick else 12, quick=quick))
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def planning_times(*, quick: bool) -> dict[str, float]:
     noise = 1.0
     for name, make in AIMED.items():
         job = make()
-        times_s = [cpu_s(job) for _ in range(2 if quick else 5)]
+        times_s = [cpu_s(job) for _ in range(1 if quick else 5)]
         figures[name] = min(times_s)
         noise = max(noise, max(times_s) / min(times_s))
     for name, make in [] if quick else GROWTH:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,8 @@ from torch.nn.modules import module as torch_module
 import lightning_hetero  # noqa: F401  (its import hook belongs to the state in which every test begins)
 
 if TYPE_CHECKING:
+    from lightning_hetero.devices.bench import Bench
+    from lightning_hetero.devices.numbers import DeviceProfile
     from lightning_hetero.testing import EmulatedAccelerator
 
 Things = dict[str, object]
@@ -51,6 +56,10 @@ LASTING_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkser
 # The classes that everybody patches, as torch made them, and marks that Python and torch themselves put on them.
 TORCH_CLASSES = {cls: dict(vars(cls)) for cls in (torch.nn.Module, torch.Tensor)}
 MARKS_ON_CLASSES = {"__slotnames__": "copy", "___needs_generation_tag_patch": "torch.compile"}
+# Where the kernel tells, nobody has to look through all processes of the machine, twice for each test.
+CHILDREN_ARE_LISTED = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists()
+# Folders of tests that take minutes, in the order in which they begin; the others come after them.
+LONGEST = ("versions", "benchmarks", "export")
 # Folders that the tools of the house make in the repository's root.
 TOOL_CACHES = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
 
@@ -80,9 +89,28 @@ def _threads_of_inductor() -> set[threading.Thread]:
     return set(pool()._threads)
 
 
+def _processes_below() -> list[psutil.Process]:
+    """All processes that this one has started, and they."""
+    if not CHILDREN_ARE_LISTED:
+        return psutil.Process().children(recursive=True)
+    found: list[psutil.Process] = []
+    todo = [os.getpid()]
+    while todo:
+        for listed in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+            try:
+                below = [int(pid) for pid in listed.read_text().split()]
+            except OSError:  # the thread has ended meanwhile
+                continue
+            for pid in below:
+                with suppress(psutil.Error):  # this one has ended, and the others of its parent have not
+                    found.append(psutil.Process(pid))
+            todo += below
+    return found
+
+
 def _children() -> Things:
     found: Things = {}
-    for child in psutil.Process().children(recursive=True):
+    for child in _processes_below():
         try:
             command = " ".join(child.cmdline())
         except psutil.Error:  # it ended just now, or waits to be waited for
@@ -232,6 +260,51 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_objects() -> Iterator[None]:
+    """Spare collections of garbage what was there before: with torch and Lightning that takes a second each time."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def quick_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of models are taken with few repetitions, for tests that ask for bytes, or for what else happens."""
+    monkeypatch.setattr("lightning_hetero.profile.clock._ENOUGH_S", 0.0)
+    monkeypatch.setattr("lightning_hetero.profile.replay._ROUNDS", 1)
+    monkeypatch.setattr("lightning_hetero.profile.replay._IN_A_ROW", 2)
+
+
+MEASURED: dict[Hashable, DeviceProfile] = {}
+
+
+@pytest.fixture
+def devices_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices keep their numbers from one test to the next: a busy machine measures anew, which takes seconds.
+
+    Only what was measured in the same way is the same: all that a probe depends on, and memory, of which each moment
+    has another amount free, in powers of two.
+    """
+    from lightning_hetero.devices import measure as module
+
+    really = module.measure
+
+    def place(bench: Bench) -> Hashable:
+        return bench.torch_device, bench.threads, bench.memory_bytes.bit_length(), bench.dtypes
+
+    def measure(benches: Sequence[Bench], links: Sequence[tuple[Bench, Bench]]) -> DeviceProfile:
+        ends = tuple((place(source), place(target)) for source, target in links)
+        key = (torch.get_num_threads(), tuple(map(place, benches)), ends)
+        if key not in MEASURED:
+            MEASURED[key] = really(benches, links)
+        return MEASURED[key]
+
+    monkeypatch.setattr(module, "measure", measure)
+
+
 @pytest.fixture(scope="session")
 def accelerator() -> EmulatedAccelerator:
     """The emulated accelerator, an extra torch device type: built in C++, or in Python without a compiler."""
@@ -265,17 +338,80 @@ def run_python(pytestconfig: pytest.Config, tmp_path: Path) -> Callable[..., sub
     """Runs a fresh Python in `tmp_path` with the checkout on its path: `run_python("-c", code, NAME="value")`."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        switches = {"LIGHTNING_HETERO_AUTOREGISTER", "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-        inherited = {name: value for name, value in os.environ.items() if name not in switches}
-        return subprocess.run(
-            [sys.executable, *arguments],
-            env={**inherited, "PYTHONPATH": str(pytestconfig.rootpath), **environment},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        return _python(pytestconfig.rootpath, tmp_path, arguments, environment)
+
+    return run
+
+
+def _python(
+    root: Path, folder: Path, arguments: Iterable[str], environment: Mapping[str, str], timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    switches = {"LIGHTNING_HETERO_AUTOREGISTER", "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    inherited = {name: value for name, value in os.environ.items() if name not in switches}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**inherited, "PYTHONPATH": str(root), **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+# Each program has a process of its own, and files for what it says; the imports, which take seconds, are made once.
+FORKS = """
+import json, os, signal, sys
+
+imports, programs = sys.argv[1], json.loads(sys.argv[2])
+del sys.argv[1:]
+names = {"__name__": "__main__"}
+exec(imports, names)
+codes = []
+for number, program in enumerate(programs):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        break
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+else:
+    with open("codes.json", "w") as file:
+        json.dump(codes, file)
+    sys.exit()
+for stream, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+signal.alarm(120)  # who waits for the parent would not end a child that hangs
+exec(program, names)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_after_imports(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, subprocess.CompletedProcess[str]]]:
+    """Runs programs that begin alike, each in a process of its own that is a copy of one fresh Python.
+
+    `run_after_imports(imports, {name: text}, "-W", "ignore", NAME="value")` has what each of them said.
+    """
+
+    def run(
+        imports: str, programs: Mapping[str, str], *options: str, **environment: str
+    ) -> dict[str, subprocess.CompletedProcess[str]]:
+        folder = tmp_path_factory.mktemp("programs")
+
+        def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+            return _python(pytestconfig.rootpath, folder, (*options, "-c", *arguments), environment, 280)
+
+        if not hasattr(os, "fork"):
+            return {name: python(f"{imports}\n{text}") for name, text in programs.items()}
+        parent = python(FORKS, imports, json.dumps([*programs.values()]))
+        assert parent.returncode == 0, parent.stderr
+        found = {}
+        for number, (name, text) in enumerate(programs.items()):
+            out, err = ((folder / f"{number}.{stream}").read_text() for stream in ("out", "err"))
+            code = json.loads((folder / "codes.json").read_text())[number]
+            found[name] = subprocess.CompletedProcess(text, code, parent.stdout + out, parent.stderr + err)
+        return found
 
     return run
 
@@ -287,8 +423,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs CUDA where there is none, and begin with the longest files: what is short fills gaps."""
+    first = [config.rootpath / "tests" / name for name in LONGEST]
+    places = {
+        path: next((at for at, top in enumerate(first) if top in path.parents), len(first))
+        for path in {item.path for item in items}
+    }
+    items.sort(key=lambda item: places[item.path])
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no CUDA device, or not asked for by pytest -m cuda")
         for item in items:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -97,9 +96,13 @@ def test_that_needs_cuda():
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> str:
-    """What pytest says about all these tests, run under a copy of our conftest."""
+    """What pytest says about all these tests, run under a copy of our conftest with less patience."""
     root = tmp_path_factory.mktemp("leaky")
-    shutil.copy(pytestconfig.rootpath / "tests" / "conftest.py", root)
+    ours = (pytestconfig.rootpath / "tests" / "conftest.py").read_text(encoding="utf-8")
+    # What a test here leaves behind stays for seconds: nothing would be waited for but the end of the patience.
+    hasty, times = re.subn(r"patience_s=2\.0", "patience_s=0.3", ours)
+    assert times == 2
+    (root / "conftest.py").write_text(hasty, encoding="utf-8")
     (root / "pytest.ini").write_text("[pytest]\nmarkers = cuda: needs CUDA\n")
     leaking = [f"def test_{name}():\n    {code}\n" for name, (code, _) in LEAKS.items()]
     (root / "test_leaks.py").write_text("\n".join([HEAD, CLEAN, *leaking]))

@@ -1,4 +1,7 @@
-"""Every benchmark runs, and ends with its figures in the form that programs read. How fast is not asked here."""
+"""Every benchmark runs, and ends with its figures in the form that programs read. How fast is not asked here.
+
+What became of checkpoints in spite of kills is: that is no matter of the machine.
+"""
 
 from __future__ import annotations
 
@@ -169,16 +172,36 @@ def quick_runs(
         return dict(zip(FIGURES, pool.map(run, FIGURES), strict=True))
 
 
+def last_line(ran: subprocess.CompletedProcess[str]) -> dict[str, dict[str, float]]:
+    assert ran.returncode == 0, ran.stderr
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # the first one waits for all
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_quick_run_ends_with_its_figures_as_json(
     name: str, quick_runs: dict[str, subprocess.CompletedProcess[str]]
 ) -> None:
-    ran = quick_runs[name]
+    last = last_line(quick_runs[name])
 
-    assert ran.returncode == 0, ran.stderr
-    last = json.loads(ran.stdout.splitlines()[-1])
     assert last.keys() == {"figures"}
     assert last["figures"].keys() == FIGURES[name]
     assert all(type(value) is float and math.isfinite(value) for value in last["figures"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # alone, it waits for all
+@pytest.mark.feature("checkpoints: kill -9 during a save")
+def test_forty_kills_lose_no_checkpoint_and_damage_none(
+    quick_runs: dict[str, subprocess.CompletedProcess[str]],
+) -> None:
+    """`kill -9` at random times while checkpoints are written: what was acknowledged is there, and whole."""
+    figures = last_line(quick_runs["checkpoints.py"])["figures"]
+
+    assert figures["kills"] >= 40
+    assert figures["lost"] == figures["damaged_loaded"] == figures["damaged_left"] == figures["left_behind"] == 0
+    assert figures["flips"] >= 200
+    assert figures["flips_loaded"] == 0
+    # Without this, the other figures would say nothing: the same flips are there for plain Lightning to find.
+    assert figures["lightning_flips_loaded"] > 0

@@ -13,6 +13,7 @@ from lightning_hetero._conf import conf_dir
 from lightning_hetero.placement import policy, policy_names
 
 pytestmark = [
+    pytest.mark.usefixtures("devices_measured_once"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval.*"),

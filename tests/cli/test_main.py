@@ -109,7 +109,7 @@ def test_a_reader_that_has_gone_is_no_error(line: str, codes: set[int]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full, of Linux")
-@pytest.mark.parametrize("line", ["devices --devices cpu", "plan experiment=digits format=json"])
+@pytest.mark.parametrize("line", ["devices --devices cpu", "train --cfg job"])
 def test_a_full_disk_is_said_without_a_traceback(line: str) -> None:
     with Path("/dev/full").open("wb") as full:
         ran = subprocess.run(

@@ -15,6 +15,7 @@ pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra 'swe
 pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the extra 'sweeps' is not installed")
 
 pytestmark = [
+    pytest.mark.usefixtures("devices_measured_once"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval.*"),

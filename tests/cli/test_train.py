@@ -115,5 +115,6 @@ def test_the_split_model_reads_digits_as_well_as_one_on_one_device(command: Comm
 
 @pytest.mark.slow
 def test_the_language_model_learns_with_the_defaults_of_its_experiment(command: Command) -> None:
-    outcome = command("train", "experiment=stdlib_lm", *QUIET[1:])
+    few = ("+trainer.limit_val_batches=5", "+trainer.limit_test_batches=20")  # of training, nothing is left out
+    outcome = command("train", "experiment=stdlib_lm", *QUIET[1:], *few)
     assert metrics(outcome.out)["test/bits_per_byte"] < 3.6

@@ -115,10 +115,10 @@ def test_a_defect_of_the_user_s_own_code_keeps_its_traceback(command: Command) -
 def test_the_process_ends_with_code_one_and_no_traceback(
     run_python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    ran = run_python("-m", "lightning_hetero.cli", "train", "devices.request=nonsense", HYDRA_FULL_ERROR="0")
+    ran = run_python("-m", "lightning_hetero.cli", "train", "placment=even", HYDRA_FULL_ERROR="0")
     assert ran.returncode == 1
     assert "Traceback" not in ran.stderr
-    assert "unknown device 'nonsense'" in ran.stderr
+    assert "Did you mean 'placement'?" in ran.stderr
 
 
 @pytest.mark.parametrize("flag", ["--help", "--hydra-help"])

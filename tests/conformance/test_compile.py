@@ -19,6 +19,7 @@ from lightning_hetero.runtime.compiled import Compiled
 from lightning_hetero.testing.lightning_module import Classifier, data
 
 pytestmark = [
+    pytest.mark.usefixtures("devices_measured_once"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # dynamo looks at it
 ]
 

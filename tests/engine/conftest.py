@@ -32,10 +32,15 @@ class Pair:
         engine: What cuts.
     """
 
-    def __init__(self, model: nn.Module, alone: nn.Module, placed: PlacedModel) -> None:
+    def __init__(self, model: nn.Module, alone: nn.Module, placed: PlacedModel, stack: ExitStack) -> None:
         self.model = model
         self.alone = alone
         self.placed = placed
+        self._stack = stack
+
+    def close(self) -> None:
+        """Take the model down before the test ends: as long as it is there, it costs the others time."""
+        self._stack.close()
 
     @property
     def engine(self) -> Engine:
@@ -101,11 +106,12 @@ def pair(devices: str) -> Iterator[MakePair]:
             options = {"micro_batches": 4, "hang_timeout_s": 30.0, **options}
             placed = PlacedModel(cut, make_plan(policy, problem), Pipelining(**options))
             placed.place()
-            stack.callback(placed.release, torch.device("cpu"))
+            own = stack.enter_context(ExitStack())
+            own.callback(placed.release, torch.device("cpu"))
             mode = placed.reconciler()
             if mode is not None:
                 activate(mode)
-                stack.callback(deactivate, mode)
-            return Pair(cut, alone, placed)
+                own.callback(deactivate, mode)
+            return Pair(cut, alone, placed, own)
 
         yield make

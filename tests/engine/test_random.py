@@ -73,6 +73,7 @@ def test_twenty_runs_of_the_same_seed_are_equal_bit_for_bit(pair: Any, remateria
         slowly(both.model)
         found = train(both.model)
         assert both.calls == 3
+        both.close()
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 

@@ -1,4 +1,7 @@
-"""The families of targets: what they write runs where it was asked for, or the message says what there is."""
+"""The families of targets: what they write runs where it was asked for, or the message says what there is.
+
+What AOTInductor compiles runs in `test_cpp.py`.
+"""
 
 from __future__ import annotations
 
@@ -147,18 +150,6 @@ def test_torchscript_works_with_a_warning_of_ours_and_none_of_torch(take_away: A
     ours = [warning for warning in caught if issubclass(warning.category, FutureWarning)]
     assert [str(warning.message)[:48] for warning in ours] == ["target 'torchscript': torch deprecates TorchScri"]
     assert not [warning for warning in caught if issubclass(warning.category, DeprecationWarning)]
-
-
-@pytest.mark.slow
-def test_aoti_runs_as_a_chain_for_any_number_of_rows(take_away: Any, rng: Any) -> None:
-    model = MLP()
-    placement = {"first": "a", "second": "b", "third": "b"}
-    manifest, runtime = take_away(
-        model, torch.rand(2, 8, generator=rng), targets={"a": "torch:cpu", "b": "aoti:cpu"}, placement=placement
-    )
-
-    assert [stage.target for stage in manifest.stages] == ["torch:cpu", "aoti:cpu"]
-    on_batches(model, runtime, rng)
 
 
 @pytest.mark.parametrize(

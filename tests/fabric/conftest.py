@@ -35,10 +35,8 @@ class Devices:
 @pytest.fixture(autouse=True)
 def _collect() -> Iterator[None]:
     """Fabric never says that a run is over: what a model holds goes with the model."""
-    gc.freeze()  # what is there already need not be looked through again
     yield
     gc.collect()
-    gc.unfreeze()
 
 
 @pytest.fixture(params=["emulated", "accelerator", "accelerator as root"])

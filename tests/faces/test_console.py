@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -14,44 +14,48 @@ from tqdm import tqdm
 
 from lightning_hetero.strategy.console import NAME, Console, show_messages
 
-RunPython = Callable[..., subprocess.CompletedProcess[str]]
 ON_ONE_DEVICE = "hetero: The model fits on cpu, so it stays there."
-PROGRAM = """
+IMPORTS = """
 import lightning.pytorch as pl
 from lightning.pytorch.demos.boring_classes import BoringModel
+"""
+PROGRAM = """
 {before}
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 pl.Trainer(strategy="hetero", max_steps=1, **quiet).fit(BoringModel())
 """
 
 
-def test_a_plain_program_is_told_why_the_plan_uses_one_device(run_python: RunPython) -> None:
-    done = run_python("-W", "ignore", "-c", PROGRAM.format(before=""), HETERO_DEVICES="cpu")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(ON_ONE_DEVICE) == 1
+CONFIGURES = {
+    "nothing": "",
+    "level": "import logging; logging.getLogger('lightning_hetero').setLevel(logging.WARNING)",
+    "handler": "import logging; logging.getLogger('lightning_hetero').addHandler(logging.NullHandler())",
+    "root": "import logging; logging.basicConfig(level=logging.WARNING, format='root: %(message)s')",
+    "root for all": "import logging; logging.basicConfig(level=logging.INFO, format='root: %(message)s')",
+}
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
-        "import logging; logging.getLogger('lightning_hetero').setLevel(logging.WARNING)",
-        "import logging; logging.getLogger('lightning_hetero').addHandler(logging.NullHandler())",
-        "import logging; logging.basicConfig(level=logging.WARNING, format='root: %(message)s')",
-    ],
-    ids=["level", "handler", "root"],
-)
-def test_what_the_program_configured_holds(before: str, run_python: RunPython) -> None:
-    done = run_python("-W", "ignore", "-c", PROGRAM.format(before=before), HETERO_DEVICES="cpu")
-    assert done.returncode == 0, done.stderr
-    assert ON_ONE_DEVICE.removeprefix("hetero: ") not in done.stderr
+@pytest.fixture(scope="module")
+def stderr_of(run_after_imports: Callable[..., Any]) -> dict[str, str]:
+    """What programs hear that differ in what they configure."""
+    programs = {name: PROGRAM.format(before=before) for name, before in CONFIGURES.items()}
+    done = run_after_imports(IMPORTS, programs, "-W", "ignore", HETERO_DEVICES="cpu")
+    assert {name: one.stderr for name, one in done.items() if one.returncode != 0} == {}
+    return {name: one.stderr for name, one in done.items()}
 
 
-def test_who_reads_the_root_logger_reads_it_once(run_python: RunPython) -> None:
-    before = "import logging; logging.basicConfig(level=logging.INFO, format='root: %(message)s')"
-    done = run_python("-W", "ignore", "-c", PROGRAM.format(before=before), HETERO_DEVICES="cpu")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(ON_ONE_DEVICE.removeprefix("hetero: ")) == 1
-    assert ON_ONE_DEVICE.replace("hetero:", "root:") in done.stderr
+def test_a_plain_program_is_told_why_the_plan_uses_one_device(stderr_of: dict[str, str]) -> None:
+    assert stderr_of["nothing"].count(ON_ONE_DEVICE) == 1
+
+
+@pytest.mark.parametrize("configured", ["level", "handler", "root"])
+def test_what_the_program_configured_holds(configured: str, stderr_of: dict[str, str]) -> None:
+    assert ON_ONE_DEVICE.removeprefix("hetero: ") not in stderr_of[configured]
+
+
+def test_who_reads_the_root_logger_reads_it_once(stderr_of: dict[str, str]) -> None:
+    assert stderr_of["root for all"].count(ON_ONE_DEVICE.removeprefix("hetero: ")) == 1
+    assert ON_ONE_DEVICE.replace("hetero:", "root:") in stderr_of["root for all"]
 
 
 def without_handlers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
-PROGRAM = """
+IMPORTS = """
+import lightning_hetero
 import sys
 import torch
 from NAMESPACE import Fabric
-
+"""
+PROGRAM = """
 fabric = Fabric(OPTIONS)
 LAUNCH
 torch.manual_seed(0)
@@ -46,28 +48,34 @@ def last_line(ran: subprocess.CompletedProcess[str]) -> list[str]:
     return ran.stdout.splitlines()[-1].split()
 
 
-def program(namespace: str, options: str = "", launch: str = "fabric.launch()") -> str:
-    text = PROGRAM.replace("NAMESPACE", namespace).replace("OPTIONS", options).replace("LAUNCH", launch)
-    return f"import lightning_hetero\n{text}"
+def program(options: str = "", launch: str = "fabric.launch()") -> str:
+    return PROGRAM.replace("OPTIONS", options).replace("LAUNCH", launch)
+
+
+def imports(namespace: str) -> str:
+    return IMPORTS.replace("NAMESPACE", namespace)
 
 
 @pytest.mark.feature("Fabric: strategy='hetero' by name, in both namespaces")
 @pytest.mark.parametrize("namespace", MODULES)
 def test_the_name_and_the_environment_mean_the_strategy_of_the_namespace(
-    namespace: str, run_python: RunPython, capsys: pytest.CaptureFixture[str]
+    namespace: str, run_after_imports: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exec(program("lightning.fabric", "accelerator='cpu', devices=1"), {})
+    exec(imports("lightning.fabric") + program("accelerator='cpu', devices=1"), {})
     alone = capsys.readouterr().out.splitlines()[-1].split()
-    by_name = run_python("-c", program(namespace, "strategy='hetero'"), **DEVICES)
-    assert "Plan by policy 'even'" in by_name.stdout
-    assert last_line(by_name) == [MODULES[namespace], "1", alone[2]]
-    by_environment = run_python("-c", program(namespace), LT_STRATEGY="hetero", **DEVICES)
-    assert last_line(by_environment) == last_line(by_name)
+    programs = {
+        "name": program("strategy='hetero'"),
+        "environment": f"import os; os.environ['LT_STRATEGY'] = 'hetero'\n{program()}",
+    }
+    ran = run_after_imports(imports(namespace), programs, **DEVICES)
+    assert "Plan by policy 'even'" in ran["name"].stdout
+    assert last_line(ran["name"]) == [MODULES[namespace], "1", alone[2]]
+    assert last_line(ran["environment"]) == last_line(ran["name"])
 
 
 @pytest.mark.feature("Fabric: fabric run --strategy=hetero")
 def test_the_command_line_of_fabric(run_python: RunPython, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(program("lightning.fabric", launch=""))
+    (tmp_path / "script.py").write_text(imports("lightning.fabric") + program(launch=""))
     code = "import lightning_hetero; from lightning.fabric.cli import _main; _main()"
     ran = run_python("-c", code, "run", "--strategy=hetero", "--accelerator=cpu", "script.py", **DEVICES)
     assert last_line(ran)[:2] == [MODULES["lightning.fabric"], "1"]

@@ -20,6 +20,7 @@ from lightning_hetero.profile.measure import measure_model
 from lightning_hetero.profile.recording import Recording
 from lightning_hetero.testing import EmulatedAccelerator
 
+pytestmark = pytest.mark.usefixtures("quick_measuring")  # what it leaves is asked for here
 Look = Callable[[nn.Module], dict[str, Any]]
 WIDTH, TIME, ROWS = 6, 4, 6
 

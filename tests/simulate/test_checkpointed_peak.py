@@ -23,6 +23,7 @@ from lightning_hetero.simulate import Costs, predict
 from lightning_hetero.simulate.rerun import pieces_to_rerun
 from lightning_hetero.testing import EmulatedAccelerator
 
+pytestmark = pytest.mark.usefixtures("quick_measuring")  # seconds are only compared with what was measured
 ROWS, WIDTH = 128, 64
 SMALL_BYTES = 2048  # numbers and the like, which nobody predicts
 

@@ -22,6 +22,7 @@ from lightning_hetero.testing import EmulatedAccelerator
 from lightning_hetero.testing.models import Convolutions
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_measuring"),  # bytes are asked for here
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
 ]

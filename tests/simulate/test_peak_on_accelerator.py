@@ -23,6 +23,7 @@ from lightning_hetero.simulate import Costs, predict
 from lightning_hetero.testing import EmulatedAccelerator
 from lightning_hetero.testing.models import Convolutions
 
+pytestmark = pytest.mark.usefixtures("quick_measuring")  # bytes are asked for here
 ROWS, WIDTH = 128, 64
 SMALL_BYTES = 2048  # numbers and the like, which nobody predicts
 

@@ -20,6 +20,7 @@ from lightning_hetero.testing.accelerator import EmulatedAccelerator
 from lightning_hetero.testing.lightning_module import Classifier, data, difference
 from lightning_hetero.testing.models import MODELS
 
+pytestmark = pytest.mark.usefixtures("devices_measured_once", "quick_measuring")  # no seconds are asserted
 ROUNDING = 1e-9
 ALWAYS = {"profile": "always"}
 

@@ -210,6 +210,7 @@ class Slows(pl.Callback):
             self.accelerator.configure(0, latency_s=0.02)
 
 
+@pytest.mark.usefixtures("devices_measured_once")
 def test_a_run_whose_device_slows_down_is_planned_anew_without_a_change_of_results(
     plain: Any,
     hetero: Any,

@@ -24,6 +24,7 @@ from lightning_hetero.strategy.memory import ADVICE
 from lightning_hetero.testing.fabric_loop import sgd
 from lightning_hetero.testing.lightning_module import adam, difference
 
+pytestmark = pytest.mark.usefixtures("devices_measured_once")
 MIB = 1 << 20
 WORKSPACE_BYTES = 16 << 10  # that of cuBLAS, see _own_cache; plans leave workspaces to the reserve of 512 MiB
 WIDTH = 256  # 0.5 MiB of float64 for each layer, 2 MiB with gradients and the state of Adam
