@@ -16,7 +16,7 @@ from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.containers import write_back
 from lightning_hetero.runtime.frames import Frame
 from lightning_hetero.runtime.hooks import Hook
-from lightning_hetero.runtime.transfer import map_tensors, move, to_device
+from lightning_hetero.runtime.transfer import map_tensors, move, once, to_device
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -75,7 +75,7 @@ class LeaveBlock(Hook):
             given = given_of.get(id(tensor))
             return to_device(tensor, home) if given is None or given.device != home else given
 
-        new = map_tensors(output, visit, home)
+        new = map_tensors(output, once(visit), home)
         return None if new is output else new
 
 

@@ -42,8 +42,24 @@ def version_of(tensor: Tensor) -> int:
 
 
 def move(obj: Any, device: torch.device) -> Any:
-    """`obj` with every tensor in it on `device`; `obj` itself if nothing had to move. See `map_tensors`."""
-    return map_tensors(obj, lambda tensor: to_device(tensor, device), device)
+    """`obj` with every tensor in it on `device`; `obj` itself if nothing had to move. See `map_tensors`.
+
+    A tensor that stands in two places stays one tensor.
+    """
+    return map_tensors(obj, once(lambda tensor: to_device(tensor, device)), device)
+
+
+def once(visit: Visit) -> Visit:
+    """The same, but a tensor is visited once, though it stands in several places of a structure that lives on."""
+    new_of: dict[int, Tensor] = {}
+
+    def visit_once(tensor: Tensor) -> Tensor:
+        new = new_of.get(id(tensor))
+        if new is None:
+            new_of[id(tensor)] = new = visit(tensor)
+        return new
+
+    return visit_once
 
 
 def map_tensors(obj: Any, visit: Visit, device: torch.device, copied: list[Copied] | None = None) -> Any:

@@ -31,9 +31,9 @@ def peak_bytes(
     Counted are parameters, gradients, optimizer state and buffers; what autograd keeps of the micro-batches in flight,
     inputs of units too; what the unit at work needs for a moment, with what is kept of the units before it (what is
     kept of those behind it is gone by its backward); tensors on their way through the root; the joined output of
-    "forward" and its gradient. Where parts of gradients are summed, those of other lanes wait for their turn, of
-    parameters and at borders of stages, and the sums are new tensors at first. The optimizer's step has a moment of
-    its own: on accelerators torch works on copies of all parameters.
+    "forward" and its gradient. Where parts of gradients are summed, the sums are new tensors at first, and at borders
+    of stages the gradients of other lanes wait. The optimizer's step has a moment of its own: on accelerators torch
+    works on copies of all parameters.
 
     Args:
         costs: Of the model.
@@ -84,7 +84,11 @@ def peak_bytes(
         total[root] += work.bytes_of(leaving, everything) * (2 if costs.training else 1)
     if costs.training and work.is_cut:
         for run in route.runs:
-            total[run.device] += lanes * sum(costs.trained_bytes[run.first : run.stop])
+            for unit in range(run.first, run.stop):
+                # Of what is called once, lanes bring gradients in order: there is the sum, and one more to add. Else
+                # each lane may have a sum of its own.
+                sets = 2 if costs.units[unit].calls == 1 else lanes + 1
+                total[run.device] += min(sets, everything + 1) * costs.trained_bytes[unit]
         for device, size in _gradients_on_their_way(route, max(rows)).items():
             total[device] += work.bytes_of(size, lanes)
     if work.is_cut and not in_steps:

@@ -233,6 +233,10 @@ CUT: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
         lambda: Net(recurrent, cell=nn.GRUCell(8, 8)),
         lambda model: model(torch.stack([rows(), rows(seed=4)], 1)).pow(2).mean(),
     ),
+    "Python attribute of a tensor": (
+        lambda: Net(lambda m, x: m.b(m.a(x)) * x.factor),
+        lambda model: model(_with(rows(), factor=2.0)).pow(2).mean(),
+    ),
     "sequences packed inside": (
         lambda: Net(packed, lstm=nn.LSTM(8, 8, batch_first=True)),
         lambda model: model(torch.stack([rows(), rows(seed=4)], 1), torch.tensor([1, 2] * 5)).pow(2).mean(),
@@ -478,11 +482,6 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], Loss, str]] = {
         lambda: Net(lambda m, x, numbers: m.b(m.a(x) + sum(numbers))),
         lambda model: model(rows(), iter([1.0, 2.0])).sum(),
         "it is called with a list_iterator, which cannot be cut",
-    ),
-    "Python attribute of a tensor": (
-        lambda: Net(lambda m, x: m.b(m.a(x)) * x.factor),
-        lambda model: model(_with(rows(), factor=2.0)).pow(2).mean(),
-        "a trial run of it failed (AttributeError",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,63 @@ def test_one_number_that_stands_for_all() -> None:
 
     (total,), _ = summed(make)
     assert torch.equal(total, torch.full((4, 3), 6.0))
+
+
+def test_lanes_are_added_up_in_order_and_in_each_of_them_calls_from_the_last_to_the_first() -> None:
+    weight = torch.zeros(1, requires_grad=True)
+    parts = [torch.tensor([value]) for value in (1e8, 1.0, -1e8, 3.0, 1e8, -5.0)]  # whose sum depends on the order
+    expected = ((parts[2] + parts[1]) + parts[0]) + ((parts[5] + parts[4]) + parts[3])
+    orders = [(2, 1, 0, 5, 4, 3), (0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0), (3, 0, 5, 2, 4, 1)]
+    for order in orders:
+        sums = OrderedSums()
+        for lane in range(2):
+            sums.announce(lane, ["other", "unit", "unit", "other", "unit"])
+        for index in order:
+            sums.add("unit", index // 3, (1, 2, 4)[index % 3], [weight], [parts[index].clone()])
+        for lane in range(2):
+            sums.end(lane)
+        assert torch.equal(sums.totals()[id(weight)], expected)
+
+
+def test_a_call_that_brings_nothing_is_left_out() -> None:
+    weight = torch.zeros(1, requires_grad=True)
+    for silent in range(3):
+        sums = OrderedSums()
+        sums.announce(0, ["unit"] * 3)
+        for number in {0, 1, 2} - {silent}:
+            sums.add("unit", 0, number, [weight], [torch.tensor([2.0**number])])
+        sums.end(0)
+        assert sums.totals()[id(weight)].item() == 7.0 - 2.0**silent
+
+
+def test_of_many_calls_one_gradient_is_kept() -> None:
+    weight, sums = torch.zeros(4, requires_grad=True), OrderedSums()
+    kept = []
+    sums.announce(0, ["other"])
+    sums.announce(1, ["unit"] * 8)
+    for number in reversed(range(8)):
+        gradient = torch.ones(4)
+        kept.append(weakref.ref(gradient))
+        sums.add("unit", 1, number, [weight], [gradient])
+        del gradient
+    assert sum(ref() is not None for ref in kept) <= 1  # though the lane before it has not ended
+
+
+def test_a_backward_waits_for_those_of_lower_lanes_that_come_once() -> None:
+    weight, sums = torch.zeros(1, requires_grad=True), OrderedSums()
+    assert not sums.is_turn_of("unit", 1)  # nobody knows yet what lane 0 brings
+    sums.announce(0, ["unit", "twice", "twice"])
+    assert sums.is_turn_of("unit", 0)
+    assert not sums.is_turn_of("unit", 1)
+    assert sums.is_turn_of("twice", 1)  # meanwhile other devices have their turn
+    assert sums.is_turn_of("never called", 1)
+    sums.announce(1, ["unit"])
+    sums.add("unit", 0, 0, [weight], [torch.ones(1)])
+    assert sums.is_turn_of("unit", 1)
+    assert not sums.is_turn_of("unit", 2)
+    sums.end(1)  # without it
+    sums.announce(2, ["unit"])
+    assert sums.is_turn_of("unit", 2)
 
 
 class Odd(nn.Module):

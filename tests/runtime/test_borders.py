@@ -214,3 +214,41 @@ def test_an_interrupt_inside_leaves_no_frame_behind(place: Any, accelerator: Emu
         model(torch.randn(3, 2))
     placed.release(torch.device("cpu"))
     assert frames.top() is None
+
+
+class TwoPlaces(nn.Module):
+    """Returns its states, the last of which is its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        h = self.layer(x)
+        return h, [x, h]
+
+
+class Doubles(nn.Module):
+    """Changes one of them in place, and uses the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = TwoPlaces(), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, states = self.encoder(x)
+        h.mul_(2)
+        return self.head(states[-1])  # type: ignore[no-any-return]
+
+
+def test_a_tensor_that_is_returned_in_two_places_stays_one(place: Any, accelerator: EmulatedAccelerator) -> None:
+    one, two = accelerator.devices[:2]
+    model = Doubles().double()
+    alone = copy.deepcopy(model)
+    place(model, {"encoder": one, "head": two})
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(3, 2)
+    for net in (model, alone):
+        net(x).pow(2).sum().backward()
+    for mine, its in zip(model.parameters(), alone.parameters(), strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad.cpu(), its.grad, rtol=0, atol=1e-14)

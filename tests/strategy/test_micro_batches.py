@@ -102,6 +102,22 @@ def test_a_forward_that_couples_rows_from_some_epoch_on(plain: Any, hetero: Any)
     assert difference(alone, spread) <= ROUNDING
 
 
+@pytest.mark.parametrize("rule", ["current_epoch > 4", "global_step >= 10"])
+def test_a_rule_that_begins_late_in_a_run(rule: str, plain: Any, hetero: Any) -> None:
+    class Later(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(x)
+            return y - y.mean(0) if self._has_begun() else y
+
+        def _has_begun(self) -> bool:
+            return self.current_epoch > 4 if "epoch" in rule else self.global_step >= 10
+
+    alone, spread = Later(), Later()
+    plain(max_epochs=7).fit(alone, data())
+    hetero(max_epochs=7, **IN_PARTS).fit(spread, data())
+    assert difference(alone, spread) <= ROUNDING
+
+
 def test_a_forward_that_logs_runs_whole(plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Logs(Classifier):
         def forward(self, x: Tensor) -> Tensor:

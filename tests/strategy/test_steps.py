@@ -61,6 +61,30 @@ def test_equal_to_plain_accumulation_bit_for_bit(name: str, plain: Any, hetero: 
     assert difference(alone, spread) <= bound
 
 
+class Again(Quiet):
+    """Calls the same two layers four times, so that each of them gets four gradients from one micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.net = (nn.Linear(8, size).double() for size in (8, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = torch.tanh(self.second(torch.relu(self.first(x)))) + x
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+def test_layers_that_are_called_again_and_again_are_equal_bit_for_bit(plain: Any, hetero: Any) -> None:
+    """Gradients of one weight are added up from the last call to the first, as by autograd, and then over batches."""
+    alone, spread = Again(), Again()
+    spread.load_state_dict(alone.state_dict())
+    plain(accumulate_grad_batches=4).fit(alone, data(batch_size=2))
+    trainer = hetero(devices=EMULATED, **STEPS, callbacks=[Threads()])
+    trainer.fit(spread, data(batch_size=8))
+    assert was_cut(trainer)
+    assert difference(alone, spread) == 0.0
+
+
 @pytest.mark.parametrize("rotation", range(3))
 def test_on_accelerators(rotation: int, plain: Any, hetero: Any, accelerator: EmulatedAccelerator) -> None:
     places = ["cpu", *accelerator.devices[:2]]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,35 @@ class Cut:
         for place in self.positions:
             result[place] = tensors[place][start:stop]
         return result
+
+
+class Size(NamedTuple):
+    """How large a batch is.
+
+    Attributes:
+        rows: Its rows.
+        per_row: Numbers in each of them.
+    """
+
+    rows: int
+    per_row: int
+
+    def is_within(self, other: Size) -> bool:
+        """Whether neither is more than in another batch."""
+        return self.rows <= other.rows and self.per_row <= other.per_row
+
+    def joined(self, other: Size) -> Size:
+        """The larger one of each."""
+        return Size(max(self.rows, other.rows), max(self.per_row, other.per_row))
+
+
+NO_SIZE = Size(0, 0)
+
+
+def size_of(cut: Cut, tensors: Sequence[Tensor]) -> Size:
+    """How large the batch among the inputs is."""
+    rows = cut.rows(tensors) or 0
+    return Size(rows, sum(tensors[place].numel() for place in cut.positions) // max(rows, 1))
 
 
 def candidates(tensors: Sequence[Tensor]) -> list[Cut]:

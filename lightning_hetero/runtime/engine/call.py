@@ -62,8 +62,7 @@ class Call:
         Raises:
             Cancelled: Some lane of the call has failed.
         """
-        crew = self._crew
-        if crew is not None and crew.failed:
+        if self._is_failed:
             raise Cancelled
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
@@ -77,6 +76,21 @@ class Call:
     def place(self, op: Op, unit: Unit, lane: Lane) -> int:
         """Place of a task on its device, where the lowest goes first. Backwards do here: they free memory."""
         return 0 if op == "B" else 1
+
+    def turn_of(self, lane: Lane, unit: Unit) -> Callable[[], bool] | None:
+        """Says whether the backward of a unit may begin for a lane; None if it may.
+
+        Gradients of parameters that come before those of lower lanes would wait, and take memory meanwhile.
+        """
+        if not lane.index:
+            return None
+        sums, number, index = self.sums, unit.number, lane.index
+        return lambda: self._is_failed or sums.is_turn_of(number, index)
+
+    @property
+    def _is_failed(self) -> bool:
+        crew = self._crew
+        return crew is not None and crew.failed
 
     def replica(self, lane: Lane, unit: Unit) -> Unit:
         """The replica of a unit that a lane uses; the unit itself if it has none."""
@@ -93,7 +107,8 @@ class Call:
         return True
 
     def _start(self, work: Callable[[Lane], None], in_flight: int) -> None:
-        self._crew = Crew(self.engine.threads.pool, self._lanes, work, in_flight)
+        threads = self.engine.threads
+        self._crew = Crew(threads.pool, self._lanes, work, in_flight, ended=threads.look_again)
 
     def _finish(self) -> None:
         """Wait for all lanes; raise what the first of those that failed raised."""
@@ -103,7 +118,7 @@ class Call:
         try:
             self.engine.threads.wait(crew.left, self.name)
         except BaseException:
-            crew.failed = True  # an interrupt: lanes stop at their next call of a unit
+            crew.stop()  # an interrupt: lanes stop at their next call of a unit
             self.engine.threads.drain(crew.left)
             raise
         self._crew = None  # it holds what its lanes do, which holds this call
@@ -115,7 +130,7 @@ class Call:
         """End lanes for which nobody waits."""
         crew, self._crew = self._crew, None
         if crew is not None:
-            crew.failed = True
+            crew.stop()
             self.engine.threads.drain(crew.left)
 
     def _mute(self, leaves: Iterable[Tensor]) -> None:

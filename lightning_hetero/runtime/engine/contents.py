@@ -104,7 +104,7 @@ def content(value: Any, *, may_be_large: bool) -> Any:
             return value.copy() if value.nbytes <= _MOST_BYTES else None
         if isinstance(value, numpy.random.Generator):
             return copy.deepcopy(value.bit_generator.state)
-    return dict(vars(value)) if _is_open(value) else None
+    return dict(vars(value)) if is_open(value) else None
 
 
 def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
@@ -127,7 +127,7 @@ def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
         return all(a is b for a, b in zip(_kind(value).__iter__(value), kept, strict=True))
     if isinstance(value, set):
         return bool(value == kept)
-    if _is_open(value):
+    if is_open(value):
         now = vars(value)
         return now.keys() == kept.keys() and all(now[key] is kept[key] for key in kept)
     if quickly:
@@ -158,7 +158,7 @@ def put_back(value: Any, kept: Any) -> None:
         value.set_state(kept)
     elif isinstance(value, random.Random):
         value.setstate(kept)
-    elif _is_open(value):
+    elif is_open(value):
         vars(value).clear()
         vars(value).update(kept)
     elif type(value).__name__ == "ndarray":
@@ -187,7 +187,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _is_open(value: Any) -> bool:
+def is_open(value: Any) -> bool:
     """Whether it is an object of user code with attributes of its own."""
     has_state = isinstance(value, random.Random)
     return not (has_state or callable(value)) and hasattr(value, "__dict__") and is_users(type(value))

@@ -18,6 +18,7 @@ behind its end, gradients the other way. So it is known who waits for a copy, an
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -42,10 +43,10 @@ from lightning_hetero.runtime.engine.state import (
     stays_in_its_thread,
 )
 from lightning_hetero.runtime.engine.streams import Stream, derive
-from lightning_hetero.runtime.engine.tree import Tree
+from lightning_hetero.runtime.engine.tree import Tree, with_attributes
 from lightning_hetero.runtime.engine.worker import Task, Worker
 from lightning_hetero.runtime.frames import Frame
-from lightning_hetero.runtime.transfer import map_tensors, to_device
+from lightning_hetero.runtime.transfer import map_tensors, to_device, version_of
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.call import Call
@@ -104,7 +105,7 @@ class UnitCall:
     """
 
     __slots__ = (
-        "_edges", "_handed", "_homes", "_inputs", "_lane", "_outputs", "_places", "_result",
+        "_edges", "_handed", "_homes", "_inputs", "_lane", "_outputs", "_places", "_result", "_together",
         "inner", "leaves", "number", "unit",
     )  # fmt: skip
 
@@ -124,6 +125,7 @@ class UnitCall:
         self.leaves = unit.homes(leaves)
         self.inner: set[Node] | None = nodes if call.checks_capture else None
         self._result: Callable[[], Any] | None = None
+        self._together: Sequence[tuple[Tensor, int]] = ()
         lane.units.append(self)
 
     @property
@@ -139,12 +141,37 @@ class UnitCall:
         handed, self._handed = self._handed, ()
         return tuple([tensor.detach() for tensor in handed])
 
+    def note_memory(self, tensors: Sequence[Tensor], in_lane: Sequence[Tensor]) -> None:
+        """Note which tensors share memory: those of the unit do not tell the lane's that one is a view of another.
+
+        Args:
+            tensors: Tensors of the unit.
+            in_lane: What stands for them in the lane.
+        """
+        count = Counter(map(_memory, tensors))
+        self._together = [
+            (tensor.detach(), version_of(tensor))  # without its graph, which keeps this
+            for known, tensor in zip(tensors, in_lane, strict=True)
+            if count[_memory(known)] > 1
+        ]
+
+    def check_memory(self) -> None:
+        """See to it that the lane has not written to memory that tensors share.
+
+        Raises:
+            CannotCutError: It has: the others have new values too, or should have, and their graphs do not know.
+        """
+        together, self._together = self._together, ()
+        if any(version_of(tensor) != version for tensor, version in together):
+            raise CannotCutError(f"a tensor that shares memory with an output of {self.unit.name} is changed in place")
+
     def submit_backward(self, given: tuple[Tensor | None, ...]) -> None:
         """Get the backward of the unit's graph on its way: to the thread of the device, or this one, in `wait`."""
         lane = self.lane
         call = lane.call
         if not lane.in_backward:
             raise RuntimeError(_escaped(self.unit.name, call.name))
+        self.check_memory()
         if torch.is_grad_enabled():
             raise CannotCutError("a gradient inside of it is differentiated again (create_graph=True)")
         worker = self.unit.worker
@@ -155,10 +182,11 @@ class UnitCall:
             ready = None if known is None else known.ready([g for g in given if g is not None])
             arriving, given = send(given, self._places, ready), ()  # which may go as soon as they are copied
         task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, given, arriving))
+        may_begin = call.turn_of(lane, self.unit)
         if worker.takes_help and is_plain():
-            self._result = partial(worker.help, place, call.number, task)
+            self._result = partial(worker.help, place, call.number, task, may_begin)
         else:
-            self._result = worker.submit(place, call.number, task).get
+            self._result = worker.submit(place, call.number, task, may_begin).get
 
     def wait(self) -> Sequence[Tensor | None]:
         """Gradients of the inputs."""
@@ -200,6 +228,11 @@ class UnitCall:
 def _places(outputs: Sequence[Tensor], handed: Sequence[Tensor]) -> list[torch.device] | None:
     places = [output.device for output in outputs]
     return None if places == [tensor.device for tensor in handed] else places
+
+
+def _memory(tensor: Tensor) -> int:
+    """Says which piece of memory a tensor lies in."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _escaped(unit: str, region: str) -> str:
@@ -375,6 +408,12 @@ def _attach(
         results = list(results)
         for place, tensor in zip(places, outputs, strict=True):
             results[place] = tensor
+        if any(map(Tensor._is_view, own)):
+            # What needs no gradient may share its values, unless it was copied.
+            kept = [place for place, tensor in enumerate(own) if tensor.requires_grad or home is not None]
+            made.note_memory(
+                [*[own[place] for place in kept], *inputs.leaves], [*[results[place] for place in kept], *inputs.traced]
+            )
     if len(own) < len(found.tensors):
         rest = iter(results)
         results = [
@@ -392,7 +431,7 @@ def _brought(output: Any, inputs: Inputs, home: torch.device, made_at: Mark | No
 
     def visit(tensor: Tensor) -> Tensor:
         new = new_of.get(id(tensor))
-        return _handed_through(given_of.get(id(tensor), tensor), home) if new is None else new
+        return with_attributes(_handed_through(given_of.get(id(tensor), tensor), home) if new is None else new, tensor)
 
     return map_tensors(output, visit, home)
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 
 from lightning_hetero.runtime.compiled import is_compiled
 from lightning_hetero.runtime.emulate import Pace
+from lightning_hetero.runtime.engine.attributes import Attributes
+from lightning_hetero.runtime.engine.batch import size_of
 from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.intercept import Region
 from lightning_hetero.runtime.engine.interceptions import Interceptions
 from lightning_hetero.runtime.engine.record import Recorder
 from lightning_hetero.runtime.engine.refused import methods_refused
-from lightning_hetero.runtime.engine.region import RegionCall, RegionTask
+from lightning_hetero.runtime.engine.region import Again, RegionCall, RegionTask
 from lightning_hetero.runtime.engine.state import (
     ThreadState,
     are_operations_counted,
@@ -190,8 +193,8 @@ class Engine:
 
     def _prepare(
         self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[RegionCall, dict[torch.device, Tensor]] | None:
-        """The call to make, and the states of the generators before it; None to run whole."""
+    ) -> tuple[RegionCall, dict[torch.device, Tensor], Attributes] | None:
+        """The call to make; the states of the generators, and the attributes, before it. None to run whole."""
         given = Tree((args, kwargs))
         modules = _modules(region.module)  # once: torch goes through all of them for each question
         parameters = _own(module._parameters for module in modules)
@@ -224,6 +227,7 @@ class Engine:
         for call in list(self.running):
             if call.thread == threading.get_ident():  # another thread may wait for its own
                 call.abandon()
+        attributes = Attributes(modules)
         states = self.generators.states()
         seed = int(torch.randint(1 << 62, (), device="cpu")) if verdict.draws else None
         task = RegionTask(
@@ -237,19 +241,35 @@ class Engine:
             seed=seed,
             own_code_draws=region.own_code_draws,
             deferred=Deferred(normalised),
-            rematerialized=trainable if self.rematerialize else None,
             traced=verdict.traced,
             upstream=verdict.upstream,
             buffers=_own(module._buffers for module in modules),
+            again=Again(
+                trainable,
+                [*parameters, *_own(module._buffers for module in modules if module not in normalised)],
+                attributes,
+            )
+            if self.rematerialize
+            else None,
         )
-        return RegionCall(self, task), states
+        return RegionCall(self, task), states, attributes
 
-    def _forward(self, region: Region, call: RegionCall, before: dict[torch.device, Tensor]) -> Any:
+    def _forward(
+        self, region: Region, call: RegionCall, before: dict[torch.device, Tensor], attributes: Attributes
+    ) -> Any:
         """Run a call. One random number was drawn for it, and no more, unless the region then has to run whole."""
         after = self.generators.states() if call.seed is not None else {}
         try:
-            with methods_refused([self._module, region.module], self._once_per_batch):
-                result = call.forward()
+            try:
+                with methods_refused([self._module, region.module], self._once_per_batch):
+                    result = call.forward()
+            except BaseException as error:
+                changed = attributes.put_back()
+                if changed is None or not isinstance(error, Exception):
+                    raise
+                raise _has_changed(region, changed) from error  # one micro-batch may have disturbed another
+            if (changed := attributes.put_back()) is not None:
+                raise _has_changed(region, changed)
             if call.seed is None and self.generators.drawn_since(before):
                 region.verdicts.clear()  # the next call has a new trial, which sees who draws
                 raise CannotCutError("it draws random numbers, which it did not do in its trial")
@@ -273,16 +293,16 @@ class Engine:
         kwargs: dict[str, Any],
         trainable: Sequence[nn.Parameter],
     ) -> Verdict:
+        if "global_step" in region.names:
+            return Verdict(None, "its forward names global_step, and so may do something else in any step")
         key = (
-            region.keys.of(modules, given, self._around()),
+            region.keys.of(modules, given, self._around(), always="current_epoch" in region.names),
             tuple(map(id, trainable)) if self.rematerialize else (),
         )
         region.calls += 1
-        verdict = region.verdicts.get(key)
-        is_larger = (
-            verdict is not None and verdict.cut is not None and verdict.rows < (verdict.cut.rows(given.tensors) or 0)
-        )
-        if verdict is not None and not is_larger:  # code may have a rule for batches from some size on
+        verdict = known = region.verdicts.get(key)
+        # Code may have a rule for batches, or rows, from some size on.
+        if verdict is not None and (verdict.cut is None or size_of(verdict.cut, given.tensors).is_within(verdict.size)):
             return verdict
         if region.trials >= _TRIALS_AT_ONCE + region.calls // _CALLS_PER_TRIAL:
             return verdict or Verdict(None, "the structure of its inputs keeps changing")
@@ -300,6 +320,10 @@ class Engine:
             )
             verdict = trial.verdict(args, kwargs, ThreadState(self.device_types).autocast_dtypes)
         region.tries[key] += not verdict.final
+        if known is not None and verdict.cut is not None:
+            verdict = replace(verdict, size=verdict.size.joined(known.size))
+        elif known is not None and not verdict.final:  # such as a batch of one row: nothing new
+            return verdict
         if verdict.final or region.tries[key] >= _MOST_TRIES:
             region.verdicts[key] = verdict
             for old in list(region.verdicts)[:-_MOST_VERDICTS]:
@@ -384,8 +408,15 @@ class _Local(threading.local):
     is_inline = False
 
 
+def _has_changed(region: Region, changed: str) -> CannotCutError:
+    region.verdicts.clear()  # the next call has a new trial
+    return CannotCutError(f"its forward {changed}, which it did not do in its trial")
+
+
 def _not_now() -> str | None:
     """Why a call that user code makes at this moment has to run whole; None if it may be cut."""
+    if torch.nn.utils.parametrize._cache_enabled:
+        return "parametrizations are cached around it, so that all its micro-batches would be one graph"
     if torch._C._current_graph_task_id() != -1:
         return "it runs inside a backward, as in activation checkpointing around it"
     if saves_otherwise():

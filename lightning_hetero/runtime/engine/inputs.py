@@ -32,7 +32,7 @@ class Inputs:
     Attributes:
         traced: The lane's tensors that need a gradient.
         leaves: What stands for them in the unit's graph.
-        used: What stands for each of `given.tensors`; a tensor that is passed twice arrives as one.
+        used: What stands for each of `given.tensors`.
     """
 
     def __init__(self, given: Tree, device: torch.device | None, *, records: bool, fresh: Fresh | None = None) -> None:
@@ -48,9 +48,7 @@ class Inputs:
         self._arriving: Arriving | None = None
         self._built: Any = None
         if device is not None:
-            for tensor in given.tensors:
-                if tensor.device != device and not any(tensor is known for known in self._away):
-                    self._away.append(tensor)
+            self._away = [tensor for tensor in given.tensors if tensor.device != device]
         if self._away and device is not None:
             plain = [tensor.detach() for tensor in self._away]
             with _counted():
@@ -104,8 +102,8 @@ class Inputs:
         used: list[Tensor] = []
         for tensor in self._given.tensors:
             new = new_of.get(id(tensor))
-            if self._records and tensor.requires_grad and not (new is not None and new.requires_grad):
-                new_of[id(tensor)] = new = (tensor.detach() if new is None else new).requires_grad_()
+            if self._records and tensor.requires_grad:
+                new = (tensor.detach() if new is None else new).requires_grad_()
                 self.traced.append(tensor)
                 self.leaves.append(new)
             used.append(tensor if new is None else new)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_hetero.runtime.engine.cut import call_unit
 from lightning_hetero.runtime.engine.key import Keys
 from lightning_hetero.runtime.engine.lanes import calling_lane, current_lane
+from lightning_hetero.runtime.engine.names import named_in_forward
 from lightning_hetero.runtime.engine.replicas import Seat
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.worker import Worker
@@ -224,7 +225,15 @@ class Region(StandIn):
         self.calls = 0
         self.trials = 0
         self.own_code_draws = False
+        self._names: frozenset[str] | None = None
         self.chain: tuple[ChainUnit | nn.Module, ...] | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All names in the code of its modules."""
+        if self._names is None:
+            self._names = named_in_forward({type(part) for part in self.module.modules()})
+        return self._names
 
     def whole(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""

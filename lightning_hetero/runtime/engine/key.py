@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_hetero.runtime.engine.contents import is_open
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.watch import HOOKS
 
@@ -23,8 +24,9 @@ class Keys:
     """Makes keys for the calls of one region.
 
     A module may do something else if an attribute or an argument says so (a mode, a switch, the epoch). So a key has
-    the values of all flags, numbers and texts, and there is a trial for each. Where one of them keeps changing (a
-    counter of steps, the rate of a schedule) that would be a trial at every call; such a one gets a trial now and then.
+    the values of all flags, numbers and texts, those in objects such as `self.config` too, and there is a trial for
+    each. Where one of them keeps changing (a counter of steps, the rate of a schedule) that would be a trial at every
+    call; such a one gets a trial now and then.
     """
 
     def __init__(self) -> None:
@@ -32,13 +34,16 @@ class Keys:
         self._values: dict[Hashable, set[Any]] = {}
         self._changing: dict[Hashable, _Changing] = {}
 
-    def of(self, parts: Sequence[nn.Module], given: Tree, around: Sequence[Hashable] = ()) -> Hashable:
+    def of(
+        self, parts: Sequence[nn.Module], given: Tree, around: Sequence[Hashable] = (), *, always: bool = False
+    ) -> Hashable:
         """The key of a call.
 
         Args:
             parts: The modules of the region.
             given: Its inputs.
             around: Other values that user code may decide by.
+            always: Whether the first of these makes another key with each new value.
         """
         self._calls += 1
         hooks = tuple([(id(part), *[len(getattr(part, kind)) for kind in HOOKS]) for part in parts])
@@ -48,11 +53,13 @@ class Keys:
             for name, value in part.__dict__.items()
             if name not in _EVERY_MODULE_HAS and isinstance(value, _FLAGS)
         ]
+        flags += [self._flag((id(members), name), value) for members, name, value in _settings(parts)]
         flags += [
             self._flag(index, value) if isinstance(value, _FLAGS) else type(value)
             for index, value in enumerate(given.values)
         ]
         flags += [self._flag(("around", index), value, _MOST_AROUND) for index, value in enumerate(around)]
+        flags += around[:1] if always else ()
         return hooks, tuple(flags), tuple(_layout(given.tensors)), torch.is_grad_enabled()
 
     def _flag(self, name: Hashable, value: Any, most: int = _MOST_VALUES) -> Any:
@@ -68,6 +75,23 @@ class Keys:
         if known.value != value and self._calls - known.since >= _PAUSE * known.trials:
             self._changing[name] = known = _Changing(value, self._calls, known.trials + 1)
         return known.value
+
+
+def _settings(parts: Sequence[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
+    """Flags in objects that modules have, such as the configuration that all parts of a model share."""
+    seen: set[int] = set()
+    for part in parts:
+        for name, value in part.__dict__.items():
+            if isinstance(value, _FLAGS) or name in _EVERY_MODULE_HAS or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, dict):
+                members = value if type(value) is not dict else {}  # Lightning's `hparams`; others may be caches
+            else:
+                members = vars(value) if is_open(value) else {}
+            for key, member in list(members.items()):
+                if isinstance(key, str) and isinstance(member, _FLAGS):
+                    yield value, key, member
 
 
 class _Changing(NamedTuple):

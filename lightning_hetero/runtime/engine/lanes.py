@@ -170,21 +170,35 @@ class Crew:
         lanes: The lanes, in order.
         work: What each of them does.
         in_flight: How many may be under way at once; each that ends starts the next.
+        ended: Called when a lane has ended, and when all have to stop.
 
     Attributes:
         left: Counts the lanes that have not ended.
         failed: Whether some lane has failed, or the call was interrupted: then all stop.
     """
 
-    def __init__(self, pool: LanePool, lanes: Sequence[Lane], work: Callable[[Lane], None], in_flight: int) -> None:
+    def __init__(
+        self,
+        pool: LanePool,
+        lanes: Sequence[Lane],
+        work: Callable[[Lane], None],
+        in_flight: int,
+        ended: Callable[[], None],
+    ) -> None:
         self._size = len(lanes)
         self._waiting = deque(lanes)
         self._work = work
+        self._ended = ended
         self._errors: dict[int, BaseException] = {}
         self.left = Countdown(len(lanes))
         self.failed = False
         for _ in range(min(in_flight, len(lanes))):
             pool.put(self._run)
+
+    def stop(self) -> None:
+        """Let all lanes stop at their next call of a unit."""
+        self.failed = True
+        self._ended()
 
     def raise_first(self, where: str) -> None:
         """Raise what the first of the failed lanes raised, with its own type and traceback."""
@@ -205,6 +219,7 @@ class Crew:
             self._run_one(lane)
             _LOCAL.lane = None
             del lane
+            self._ended()
             self.left.count_down()
 
     def _run_one(self, lane: Lane) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from lightning_hetero.runtime.transfer import to_device
 
+OWN_CODE = -1  # source of gradients that the code of lanes brings; units have numbers from 0
 # The class of the nodes that accumulate into leaves; torch does not name it.
 _ACCUMULATE: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
@@ -71,20 +70,29 @@ class OrderedSums:
     """Sums of gradients, each made in the order of lanes and calls, whatever the order in which gradients arrive.
 
     A floating-point sum depends on its order. Two workers that finish in another order than yesterday must not
-    change the last digits, so what a source brings for a lane waits until all that it will bring for lower lanes has
-    come. Sources are units, and the code of the lanes.
+    change the last digits. So each lane has a sum of its own, from its last call to its first, and these are added up
+    from the first lane to the last, as they would be if one backward ran after the other. What comes too early waits.
+    Sources are units, and the code of the lanes.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._expected: dict[int, Counter[Hashable]] = {}
+        self._expected: dict[int, dict[Hashable, list[int]]] = {}
         self._ended: set[int] = set()
         self._sources: dict[Hashable, _Source] = {}
 
-    def announce(self, lane: int, sources: Iterable[Hashable]) -> None:
-        """Say what a lane's backward may bring, before it begins: one source for each call, repeated ones too."""
+    def announce(self, lane: int, calls: Iterable[Hashable]) -> None:
+        """Say what a lane's backward may bring, before it begins.
+
+        Args:
+            lane: Index of the lane.
+            calls: The source of each of its calls, in order; the code of the lane itself is always a source.
+        """
+        expected: dict[Hashable, list[int]] = {OWN_CODE: [0]}
+        for number, source in enumerate(calls):
+            expected.setdefault(source, []).append(number)
         with self._lock:
-            self._expected[lane] = Counter(sources)
+            self._expected[lane] = expected
             self._settle()
 
     def end(self, lane: int) -> None:
@@ -100,7 +108,7 @@ class OrderedSums:
 
         Args:
             source: Where they come from.
-            lane: Index of the lane.
+            lane: Index of the lane, which is announced.
             number: Place among the calls of the lane.
             leaves: The leaves.
             found: Their gradients.
@@ -109,17 +117,30 @@ class OrderedSums:
             known = self._sources.get(source)
             if known is None:
                 known = self._sources[source] = _Source()
-            known.waiting.setdefault(lane, []).append((number, leaves, found))
+            known.come(lane, self._expected[lane].get(source, ()), number, leaves, found)
             self._settle_one(source, known)
+
+    def is_turn_of(self, source: Hashable, lane: int) -> bool:
+        """Whether what a lane brings now would not wait for others; True too where the wait may be a long one.
+
+        That is where a lower lane calls the source more than once: other devices may be at work between these calls.
+        """
+        with self._lock:
+            known = self._sources.get(source)
+            for other in range(0 if known is None else known.next_lane, lane):
+                expected = self._expected.get(other)
+                if other not in self._ended and (expected is None or len(expected.get(source, ())) == 1):
+                    return False
+            return True
 
     def totals(self) -> dict[int, Tensor]:
         """Gradients by `id` of the leaf, once every lane has ended."""
         totals: dict[int, Tensor] = {}
         for _, source in sorted(self._sources.items(), key=lambda item: repr(item[0])):
-            for leaf, total in source.sums.items():
+            for leaf, total in source.sum.tensors.items():
                 known = totals.get(leaf)
                 # What replicas have summed up comes home here, in one piece.
-                here = to_device(total, source.home[leaf])
+                here = to_device(total, source.sum.home[leaf])
                 totals[leaf] = here if known is None else _plus(known, here)
         return totals
 
@@ -133,7 +154,7 @@ class OrderedSums:
 
     def _settle_one(self, name: Hashable, source: _Source) -> None:
         while (expected := self._expected.get(lane := source.next_lane)) is not None:
-            if lane not in self._ended and len(source.waiting.get(lane, ())) < expected[name]:
+            if lane not in self._ended and not source.has_all(lane, expected.get(name, ())):
                 return
             source.take(lane)
 
@@ -142,44 +163,112 @@ class _Source:
     """The sums of one source. See `OrderedSums`."""
 
     def __init__(self) -> None:
-        self.waiting: dict[int, list[tuple[int, Sequence[Tensor], Sequence[Tensor | None]]]] = {}
+        self.sum = _Sum()
         self.next_lane = 0
-        self.sums: dict[int, Tensor] = {}
+        self._lanes: dict[int, _OfLane] = {}
+
+    def come(
+        self, lane: int, expected: Sequence[int], number: int, leaves: Sequence[Tensor], found: Sequence[Tensor | None]
+    ) -> None:
+        """Take what one of the calls of a lane brings."""
+        of_lane = self._lanes.get(lane)
+        if of_lane is None:
+            of_lane = self._lanes[lane] = _OfLane()
+        of_lane.waiting[number] = (leaves, found)
+        if len(expected) > 1:
+            of_lane.add_up(expected)
+
+    def has_all(self, lane: int, expected: Sequence[int]) -> bool:
+        """Whether all calls of a lane have brought something."""
+        if not expected:
+            return True
+        of_lane = self._lanes.get(lane)
+        return of_lane is not None and of_lane.count + len(of_lane.waiting) >= len(expected)
+
+    def take(self, lane: int) -> None:
+        """Add what has come for a lane, and go on to the next lane."""
+        self.next_lane = lane + 1
+        of_lane = self._lanes.pop(lane, None)
+        if of_lane is None:
+            return
+        if not of_lane.count and len(of_lane.waiting) == 1:
+            _, (leaves, found) = of_lane.waiting.popitem()
+            self.sum.add(leaves, found)
+            return
+        part = of_lane.rest()
+        while part.tensors:  # one after the other, so that nobody else has what is added
+            key, gradient = part.tensors.popitem()
+            self.sum.add_one(key, part.home[key], gradient)
+
+
+class _OfLane:
+    """The sum of one source in one lane, from the last call to the first.
+
+    Attributes:
+        sum: Of the calls that had their turn.
+        count: How many these are.
+        waiting: What others have brought, by their number.
+    """
+
+    def __init__(self) -> None:
+        self.sum = _Sum()
+        self.count = 0
+        self.waiting: dict[int, tuple[Sequence[Tensor], Sequence[Tensor | None]]] = {}
+
+    def add_up(self, expected: Sequence[int]) -> None:
+        """Add what has its turn. A call that brings nothing holds up those before it, until the lane has ended."""
+        while self.count < len(expected) and (number := expected[-1 - self.count]) in self.waiting:
+            self.sum.add(*self.waiting.pop(number))
+            self.count += 1
+
+    def rest(self) -> _Sum:
+        """The sum with all that has come; the lane brings no more."""
+        for number in sorted(self.waiting, reverse=True):
+            self.sum.add(*self.waiting.pop(number))
+        return self.sum
+
+
+class _Sum:
+    """A sum for each of some leaves.
+
+    Attributes:
+        tensors: The sums, by `id` of the leaf.
+        home: The devices of the leaves.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, Tensor] = {}
         self.home: dict[int, torch.device] = {}
         self._ours: set[int] = set()  # leaves whose sum is a tensor that was made here
         self._alone: set[int] = set()  # those whose sum nobody else has, as was seen when something was added first
 
-    def take(self, lane: int) -> None:
-        """Add what has come for a lane, and go on to the next lane."""
-        come = self.waiting.pop(lane, ())
-        for _, leaves, found in sorted(come, key=itemgetter(0)) if len(come) > 1 else come:
-            self._sum(leaves, found)
-        self.next_lane = lane + 1
-
-    def _sum(self, leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
+    def add(self, leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
+        """Add the gradients of some leaves."""
         for leaf, gradient in zip(leaves, found, strict=True):
-            if gradient is None:
-                continue
-            key = id(leaf)
-            known = self.sums.get(key)
-            if known is None:
-                self.sums[key] = gradient
-                self.home[key] = leaf.device
-                continue
-            if gradient.device != known.device:  # code on a replica may use the original too
-                gradient = to_device(gradient, known.device)
-            # Autograd may hand out one tensor for two leaves (of y = a + b), and user code may keep what it returns. So
-            # the first sum is a new tensor, unless nobody else has the first gradient.
-            if key in self._ours:
-                in_place = not known.is_sparse
-            else:
-                in_place = (key in self._alone or _has_one_owner(known)) and _memory(gradient) is not None
-            if in_place:
-                known.add_(gradient)
-                self._alone.add(key)
-            else:
-                self.sums[key] = _plus(known, gradient)
-                self._ours.add(key)
+            if gradient is not None:
+                self.add_one(id(leaf), leaf.device, gradient)
+
+    def add_one(self, key: int, home: torch.device, gradient: Tensor) -> None:
+        """Add the gradient of one leaf."""
+        known = self.tensors.get(key)
+        if known is None:
+            self.tensors[key] = gradient
+            self.home[key] = home
+            return
+        if gradient.device != known.device:  # code on a replica may use the original too
+            gradient = to_device(gradient, known.device)
+        # Autograd may hand out one tensor for two leaves (of y = a + b), and user code may keep what it returns. So
+        # the first sum is a new tensor, unless nobody else has the first gradient.
+        if key in self._ours:
+            in_place = not known.is_sparse
+        else:
+            in_place = (key in self._alone or _has_one_owner(known)) and _memory(gradient) is not None
+        if in_place:
+            known.add_(gradient)
+            self._alone.add(key)
+        else:
+            self.tensors[key] = _plus(known, gradient)
+            self._ours.add(key)
 
 
 _CAN_TELL = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")  # torch does not document them
@@ -200,7 +289,7 @@ def _least_references() -> tuple[int, int]:
 
 
 _LEAST_REFERENCES = _least_references() if _CAN_TELL else (0, 0)
-_REFERENCES = 4  # to a gradient in `_sum`: in `sums`, `known`, the argument here, and that of `getrefcount`
+_REFERENCES = 4  # to a gradient in `_Sum.add_one`: in `tensors`, `known`, the argument here, and that of `getrefcount`
 
 
 def _has_one_owner(gradient: Tensor) -> bool:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Iterable, Iterator
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_hetero.runtime.engine.contents import CONTAINERS, Thing, is_users, things
 
-_BOUND_ANEW = (*CONTAINERS, Tensor, bool, int, float, str, type(None))
+_BOUND_ANEW = (
+    *CONTAINERS, Tensor, bool, int, float, str, type(None), random.Random, torch.Generator, threading.local,
+)  # fmt: skip
 
 
 class Name:
     """A name that code of user classes can bind anew: an attribute of a class, a global of its module.
 
     Args:
-        owner: The class, or the dictionary of globals.
+        owner: The class, the dictionary of globals, or the cell of a variable of a function around.
         name: The name.
         where: What to call it.
     """
@@ -26,6 +32,11 @@ class Name:
         self._owner = owner
         self._name = name
         self._value = self._get()
+
+    @property
+    def is_of_thread(self) -> bool:
+        """Whether each thread has a value of its own, so that lanes lack that of the caller."""
+        return isinstance(self._value, threading.local)
 
     @property
     def things(self) -> Iterator[Thing]:
@@ -39,26 +50,117 @@ class Name:
             return False
         if isinstance(self._owner, dict):
             self._owner[self._name] = self._value
+        elif isinstance(self._owner, CellType):
+            self._owner.cell_contents = self._value
         else:
             setattr(self._owner, self._name, self._value)
         return True
 
     def _get(self) -> Any:
+        if isinstance(self._owner, CellType):
+            return self._owner.cell_contents
         return self._owner.get(self._name) if isinstance(self._owner, dict) else vars(self._owner).get(self._name)
 
 
-def names_of(classes: Iterable[type]) -> Iterator[Name]:
-    """What methods of user classes may change beside their objects: attributes of the classes, and globals they name.
+def names_of(classes: Iterable[type], functions: Iterable[Any] = ()) -> Iterator[Name]:
+    """What code of user classes may change beside their objects.
 
-    Functions, classes and modules are left out: nobody binds these anew while a model runs.
+    That is attributes of the classes, and what their methods name: globals, and variables of functions around them.
+    Functions of the same packages that are called by name are gone through likewise. Functions, classes and modules
+    are left out: nobody binds these anew while a model runs.
+
+    Args:
+        classes: The classes.
+        functions: Functions that their objects have in attributes.
     """
     bases = {base for cls in classes for base in cls.__mro__ if is_users(base)}
+    todo = [*functions]
     for base in sorted(bases, key=lambda each: (each.__module__, each.__qualname__)):
         for name, value in vars(base).items():
             if not name.startswith("__") and isinstance(value, _BOUND_ANEW):
                 yield Name(base, name, f"the attribute {name!r} of class {base.__name__}")
-            code = getattr(value, "__code__", None)
-            known = getattr(value, "__globals__", {})
-            for each in code.co_names if code is not None else ():
-                if isinstance(known.get(each), _BOUND_ANEW):
-                    yield Name(known, each, f"the global {each!r}")
+            todo.append(value)
+    yield from _named_by(todo, {_package(base) for base in bases})
+
+
+def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
+    """What functions name, and the functions of these packages that they name."""
+    seen: set[tuple[int, str]] = set()
+    gone_through: set[int] = set()
+    while todo:
+        function = _function(todo.pop(0))
+        if function is None or id(function.__code__) in gone_through:
+            continue
+        gone_through.add(id(function.__code__))
+        known = function.__globals__
+        found: list[tuple[Any, str, Any, str]]
+        found = [(known, name, known.get(name), f"the global {name!r}") for name in _names_in(function.__code__)]
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+        found += [(c, name, c.cell_contents, f"the variable {name!r}") for name, c in cells if not _is_empty(c)]
+        for owner, name, value, where in found:
+            if isinstance(value, FunctionType) and _package(value) in packages:
+                todo.append(value)
+            elif isinstance(value, _BOUND_ANEW) and (id(owner), name) not in seen:
+                seen.add((id(owner), name))
+                yield Name(owner, name, where)
+
+
+def _function(value: Any) -> FunctionType | None:
+    """The function that a method, a property or a decorator has around it."""
+    for _ in range(8):  # decorators around decorators
+        if isinstance(value, FunctionType):
+            inner = getattr(value, "__wrapped__", None)
+            if inner is None:
+                return value
+            value = inner
+            continue
+        value = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "__wrapped__", None)
+    return None
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Names in a function and in those that are defined in it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _package(thing: Any) -> str:
+    return str(getattr(thing, "__module__", None)).partition(".")[0]
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:  # a variable that has no value yet
+        return True
+    return False
+
+
+def named_in_forward(classes: Iterable[type]) -> frozenset[str]:
+    """All names in the `forward` of user classes, and in the methods and functions of theirs that it names."""
+    found: set[str] = set()
+    for cls in set(classes):
+        todo = ["forward"]
+        functions: list[Any] = []
+        looked_at: set[str] = set()
+        gone_through: set[int] = set()
+        while todo or functions:
+            if todo:
+                name = todo.pop()
+                if name in looked_at:
+                    continue
+                looked_at.add(name)
+                functions += [vars(base)[name] for base in cls.__mro__ if is_users(base) and name in vars(base)]
+                continue
+            function = _function(functions.pop())
+            if function is None or id(function.__code__) in gone_through:
+                continue
+            gone_through.add(id(function.__code__))
+            names = set(_names_in(function.__code__))
+            found |= names
+            todo += names
+            known = function.__globals__
+            functions += [known[name] for name in names if _package(known.get(name)) == _package(cls)]
+    return frozenset(found)

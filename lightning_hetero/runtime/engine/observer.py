@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,16 @@ _READS = frozenset(
         "tolist",
     }
 )
+# Functions that take numbers of elements, or places, where a tensor with one whole number will do. They read it in C++.
+_SIZED = frozenset(
+    {
+        "arange", "broadcast_to", "chunk", "empty", "expand", "eye", "full", "kthvalue", "linspace", "logspace",
+        "narrow", "new_empty", "new_full", "new_ones", "new_zeros", "one_hot", "ones", "pad", "rand", "randint",
+        "randn", "randperm", "range", "repeat", "reshape", "roll", "select", "split", "tensor_split", "tile", "topk",
+        "tril_indices", "triu_indices", "unflatten", "unfold", "view", "zeros",
+    }
+)  # fmt: skip
+_OF_NUMBERS = frozenset({"arange", "linspace", "logspace", "range"})  # those whose first argument is a number, too
 # What lets user code see gradients of parts of a batch.
 _GRADIENT_CALLS = (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 _GRADIENT_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
@@ -96,6 +108,10 @@ class Observer(TorchFunctionMode):
             raise CannotCutError(f"it calls {name} of a tensor, for gradients of a whole batch")
         elif func in _GRADIENT_CALLS:
             raise CannotCutError("it computes gradients itself")
+        else:
+            sizes = list(_sizes(name, args, kwargs))
+            if sizes and not _is_in_a_module_of_torch():
+                self.reads += [Read(name, self._of_all([each])) for each in sizes]
         for tensor in _targets(name, args, kwargs):
             self._owned.before_write(tensor)
         result = func(*args, **kwargs)
@@ -148,6 +164,32 @@ def _tensors(obj: Any) -> Iterator[Tensor]:
     elif isinstance(obj, dict):
         for item in obj.values():
             yield from _tensors(item)
+
+
+def _sizes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Tensors that an operation takes for whole numbers."""
+    if name in ("__getitem__", "__setitem__"):
+        index = args[1]
+        for part in index if isinstance(index, tuple) else (index,):
+            if isinstance(part, slice):
+                yield from _tensors((part.start, part.stop, part.step))
+    elif name in _SIZED:
+        given = [*_tensors(args), *_tensors(kwargs)]
+        begin = int(bool(args) and isinstance(args[0], Tensor) and name not in _OF_NUMBERS)
+        yield from (each for each in given[begin:] if each.numel() == 1 and not each.is_floating_point())
+
+
+def _is_in_a_module_of_torch() -> bool:
+    """Whether one of torch's own modules asks, which know what they do: a recurrent one counts rows by tensors."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if not name.startswith("torch.") or name == "torch.nn.modules.module":  # which calls modules of users, too
+            return False
+        if name.startswith("torch.nn.modules."):
+            return True
+        frame = frame.f_back  # functions of torch are in between
+    return False
 
 
 def _is_ours(args: tuple[Any, ...]) -> bool:

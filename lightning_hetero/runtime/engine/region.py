@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,22 +28,35 @@ from torch.autograd.graph import Node
 
 from lightning_hetero.runtime.containers import are_unchanged, contents
 from lightning_hetero.runtime.copies import Mark, mark
+from lightning_hetero.runtime.engine.attributes import Attributes
 from lightning_hetero.runtime.engine.batch import Cut, Join, joined, offsets
 from lightning_hetero.runtime.engine.batch_norm import Deferred
 from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.fresh import Fresh
 from lightning_hetero.runtime.engine.lanes import Lane
-from lightning_hetero.runtime.engine.leaves import OrderedSums, gradients, walk
+from lightning_hetero.runtime.engine.leaves import OWN_CODE, OrderedSums, gradients, walk
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
-from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.transfer import move, version_of
+from lightning_hetero.runtime.engine.tree import Tree, with_attributes
+from lightning_hetero.runtime.transfer import map_tensors, once, to_device, version_of
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
 
-OWN_CODE = -1  # source of gradients that the code of lanes brings; units have numbers from 0
+
+class Again(NamedTuple):
+    """What a forward depends on besides its inputs, for its second run in the backward.
+
+    Attributes:
+        parameters: Those that need a gradient.
+        unchanged: Parameters and buffers that have to be what they were.
+        attributes: Those of the modules before the first run.
+    """
+
+    parameters: Sequence[Tensor]
+    unchanged: Sequence[Tensor]
+    attributes: Attributes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +74,8 @@ class RegionTask:
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the region's own code, outside of units, draws random numbers.
         deferred: Batch normalisations that use the statistics of micro-batches.
-        rematerialized: The parameters of a region whose forward is to keep no graph; None keeps it.
-        traced: Places of the outputs that have a graph; only needed with `rematerialized`.
+        again: What the backward needs where the forward is to keep no graph; None keeps it.
+        traced: Places of the outputs that have a graph; only needed with `again`.
         buffers: The buffers of the region.
         upstream: Places of the outputs of which other outputs are made.
     """
@@ -77,7 +90,7 @@ class RegionTask:
     seed: int | None
     own_code_draws: bool
     deferred: Deferred
-    rematerialized: Sequence[Tensor] | None
+    again: Again | None
     traced: Sequence[int] | None
     buffers: Sequence[Tensor]
     upstream: Sequence[int] = ()
@@ -98,7 +111,7 @@ class RegionCall(Call):
             name=task.name,
             rows=task.rows,
             seed=task.seed,
-            checks_capture=task.rematerialized is None,
+            checks_capture=task.again is None,
         )
         self.task = task
         self.thread = threading.get_ident()
@@ -107,11 +120,14 @@ class RegionCall(Call):
         # Inputs that need a gradient, by place: cut ones get theirs joined, whole ones theirs added up.
         self._needed = [place for place, t in enumerate(task.given.tensors) if self._state.records and t.requires_grad]
         # What a second run of the forward needs as it is now.
-        self._needed_again = [*task.given.tensors, *(task.rematerialized or ())]
+        self._needed_again = [*task.given.tensors, *(() if task.again is None else task.again.unchanged)]
         self._versions = [version_of(tensor) for tensor in self._needed_again]
-        self._parameters: list[Tensor] = list(task.rematerialized or ())
+        self._parameters: list[Tensor] = [] if task.again is None else list(task.again.parameters)
         self._traced: list[int] = []  # places of outputs that have a graph
         self.columns: list[list[Tensor]] = []
+        self._passed: dict[
+            int, Sequence[Tensor]
+        ] = {}  # what lanes were given, by their index, until outputs are joined
         self._ready: Mark | None = None  # when lanes may read what they are given; that of their backward likewise
         self._spent = False
         self._differentiated: tuple[Tensor | None, ...] | None = None
@@ -127,7 +143,7 @@ class RegionCall(Call):
             CannotCutError: Something in the lanes cannot be cut; nothing has happened, the region may run whole.
         """
         outputs: list[Any] = [None] * len(self._lanes)
-        records = self._state.records and self.task.rematerialized is None
+        records = self._state.records and self.task.again is None
 
         def work(lane: Lane) -> None:
             outputs[lane.index] = self._state.run(lambda: self._lane_forward(lane, records))
@@ -157,6 +173,7 @@ class RegionCall(Call):
                 lane.inputs.append(tensors[place])
         if self._ready is not None:
             lane.given = Fresh(self._ready, tensors)
+        self._passed[lane.index] = tensors
         args, kwargs = task.given.build(tensors)
         containers = contents((args, *kwargs.values())) if task.given.has_containers else []
         with torch.set_grad_enabled(records):
@@ -168,26 +185,36 @@ class RegionCall(Call):
                     output = task.forward(*args, **kwargs)
             if not are_unchanged(containers):
                 raise CannotCutError("it writes into a container that it is given")
+            for unit_call in lane.units:
+                unit_call.check_memory()
             # In a chain, what the last part returns stays where it is, and that need not be one device for all lanes.
-            return move(output, self.engine.root) if self.engine.has_replicas else output
+            return _moved(output, self.engine.root) if self.engine.has_replicas else output
 
     def _join(self, outputs: Sequence[Any]) -> Any:
         join = Join(outputs, self.task.rows)
-        again = self.task.rematerialized is not None
+        again = self.task.again is not None
+        given = self.task.given.tensors
+        handed_through = self._handed_through(join.columns)
         self._traced = [
             place
             for place, column in enumerate(join.columns)
             if self._state.records
+            and place not in handed_through
             and (place in (self.task.traced or ()) if again else any(part.requires_grad for part in column))
         ]
-        results = [column[0] if place in self._traced else joined(column) for place, column in enumerate(join.columns)]
+        results = [
+            given[handed_through[place]]
+            if place in handed_through
+            else (column[0] if place in self._traced else joined(column))
+            for place, column in enumerate(join.columns)
+        ]
         if self._traced:
             self.columns = [join.columns[place] for place in self._traced]
             if not again:
                 for lane in self._lanes:
                     self._trace(lane, [column[lane.index] for column in self.columns])
                 self._find_parameters()
-            inputs = [self.task.given.tensors[place] for place in self._needed]
+            inputs = [given[place] for place in self._needed]
             phony: Any = RegionEnter.apply(self, self.engine.anchor, *inputs, *self._parameters)  # type: ignore[no-untyped-call]
             whole: Any = RegionExit.apply(self, phony)  # type: ignore[no-untyped-call]
             self.columns = []
@@ -197,6 +224,20 @@ class RegionCall(Call):
                 for method in ("register_hook", "retain_grad"):
                     setattr(results[place], method, partial(_refuse_hook, self.name))
         return join.build(results)
+
+    def _handed_through(self, columns: Sequence[Sequence[Tensor]]) -> dict[int, int]:
+        """Places of outputs that are inputs, with the places of these: user code gets back the tensor that it gave."""
+        place_of = [
+            {id(tensor): place for place, tensor in enumerate(self._passed[lane.index])} for lane in self._lanes
+        ]
+        self._passed = {}
+        found: dict[int, int] = {}
+        for output, column in enumerate(columns):
+            places = {known.get(id(part)) for known, part in zip(place_of, column, strict=True)}
+            place = places.pop()
+            if place is not None and not places:
+                found[output] = place
+        return found
 
     def _trace(self, lane: Lane, outputs: list[Tensor]) -> None:
         """Look at the graph of a lane."""
@@ -238,30 +279,31 @@ class RegionCall(Call):
             raise RuntimeError(f"backward through {self.name} a second time, without retain_graph=True the first time")
         if self.backward_runs:
             raise RuntimeError(f"the backward of {self.name} is running already")
-        again = self.task.rematerialized is not None
-        if again:
+        again = self.task.again
+        if again is not None:
             self._check_versions()
         # Outputs that this loss does not use may be part of another one.
         keep = keeps_graph() or any(gradient is None for gradient in given)
         self._spent = not keep
-        self.keeps_graph = keep and not again
+        self.keeps_graph = keep and again is None
         self.backward_runs = True
         self.sums = OrderedSums()
         for lane in self._lanes:
-            self.sums.announce(lane.index, [OWN_CODE, *lane.trace])
+            self.sums.announce(lane.index, lane.trace)
         self._mute(self._parameters)
         self.engine.running.add(self)
-        if again:
+        if again is not None:
             if self.seed is not None:
                 self.generators.begin()
                 self._draws_again = True
+            self._during_backward.enter_context(again.attributes.in_effect())
             self._during_backward.enter_context(self.task.deferred.untouched())
             self.engine.interceptions.renew_replicas()
         self._ready = mark(self.engine.root)
         self._start(lambda lane: self._lane_backward(lane, given), self.engine.threads.lanes_at_once)
 
     def _lane_backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> None:
-        if self.task.rematerialized is not None:
+        if self.task.again is not None:
             self._run_again(lane)
         start, stop = self._offsets[lane.index], self._offsets[lane.index + 1]
         pairs = [
@@ -301,13 +343,21 @@ class RegionCall(Call):
     def _run_again(self, lane: Lane) -> None:
         """Run the forward of a lane once more, this time with a graph."""
         before = lane.trace
-        output = self._state.run(lambda: self._lane_forward(lane, True))
+        try:
+            output = self._state.run(lambda: self._lane_forward(lane, True))
+        except CannotCutError as refused:
+            self.engine.stop_cutting(self.name, str(refused))
+            raise RuntimeError(f"the backward of {self.name} cannot be cut, because {refused}") from refused
         if lane.trace != before:
             raise RuntimeError(
                 f"{self.name} called other modules when its forward was run again for the backward. Leave "
                 "rematerialize out for modules that do not do the same with the same inputs."
             )
         tensors = Tree(output).tensors
+        if [place for place, tensor in enumerate(tensors) if tensor.grad_fn is not None] != self._traced:
+            raise RuntimeError(
+                f"other outputs of {self.name} have a gradient than in its trial. Leave rematerialize out."
+            )
         self._trace(lane, [tensors[place] for place in self._traced])
         known = set(map(id, self._parameters))
         if any(id(leaf) not in known for leaves in (lane.leaves, *(c.leaves for c in lane.units)) for leaf in leaves):
@@ -328,7 +378,7 @@ class RegionCall(Call):
         totals = self.sums.totals()
         self.sums.clear()  # autograd would copy gradients that somebody else holds
         inputs = self.task.given.tensors
-        # A whole input that was passed twice has one sum.
+        # A whole input that is a parameter, too, has one sum.
         of_inputs = [
             self._joined_gradient(position) if place in self._cut else totals.pop(id(inputs[place]), None)
             for position, place in enumerate(self._needed)
@@ -376,8 +426,8 @@ class RegionCall(Call):
     def _check_versions(self) -> None:
         if self._versions != [version_of(tensor) for tensor in self._needed_again]:
             raise RuntimeError(
-                f"an input or parameter of {self.name} was changed in place after the call, but the backward needs it "
-                "as it was"
+                f"an input, parameter or buffer of {self.name} was changed in place after the call, but the backward "
+                "needs it as it was"
             )
 
     # Both ways
@@ -404,6 +454,11 @@ def _refuse_hook(name: str, *_: Any) -> NoReturn:
         f"is made of it. {name} was cut into micro-batches, and only a part of that gradient passes where it is looked "
         f"for. Set micro_batches=1, or compute the other output outside of {name}."
     )
+
+
+def _moved(output: Any, device: torch.device) -> Any:
+    """The output on the device; a tensor that stands in two places stays one tensor."""
+    return map_tensors(output, once(lambda tensor: with_attributes(to_device(tensor, device), tensor)), device)
 
 
 class RegionEnter(torch.autograd.Function):

@@ -46,12 +46,14 @@ class Snapshot:
         self.modules: list[tuple[str, nn.Module]] = list(module.named_modules())
         self._inside: list[Thing] = []
         self._look_inside()
-        self._outside = list(names_of({type(each) for _, each in self.modules}))
+        functions = [value for _, each in self.modules for value in each.__dict__.values() if callable(value)]
+        self._outside = list(names_of({type(each) for _, each in self.modules}, functions))
         self._inside += [thing for each in self._outside for thing in each.things]
         self._attributes = [
             {key: value for key, value in each.__dict__.items() if key not in _IGNORED} for _, each in self.modules
         ]
         self._sizes = [len(each.__dict__) for _, each in self.modules]
+        self._modes = [each.__dict__.get("training", _MISSING) for _, each in self.modules]  # a scripted one has none
         # Those of a scripted module are in C++: other objects at every look.
         self._registries = [
             {} if isinstance(each, torch.jit.ScriptModule) else {key: dict(getattr(each, key)) for key in _REGISTRIES}
@@ -75,6 +77,12 @@ class Snapshot:
             for key, parameter in each._parameters.items()
             if parameter is not None
         ]
+        self._trained = [(path, parameter, parameter.requires_grad) for path, parameter, _ in self._versions]
+
+    @property
+    def of_thread(self) -> str | None:
+        """Something whose value every thread has for itself, in words; None if there is nothing."""
+        return next((bound.where for bound in self._outside if bound.is_of_thread), None)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names and parameters."""
@@ -120,9 +128,17 @@ class Snapshot:
         for bound in self._outside:
             if bound.put_back():
                 change = f"changes {bound.where}"
+        for (name, module), mode in zip(self.modules, self._modes, strict=True):
+            if module.__dict__.get("training", _MISSING) is not mode:
+                change = f"changes the mode (training or not) of {_called(name, module)}"
+                module.__dict__["training"] = mode
         for path, parameter, version in self._versions:
             if version_of(parameter) != version:
                 change = f"changes the parameter {path!r}"
+        for path, parameter, trained in self._trained:
+            if parameter.requires_grad != trained:
+                change = f"changes requires_grad of {path!r}"
+                parameter.requires_grad_(trained)
         return change
 
     def change_so_far(self, only: Container[int] | None = None) -> str | None:
@@ -134,18 +150,24 @@ class Snapshot:
         Returns:
             Words as those of `put_back`; None if nothing is different.
         """
-        for (name, module), attributes, size in zip(self.modules, self._attributes, self._sizes, strict=True):
+        looked_at = zip(self.modules, self._attributes, self._sizes, self._modes, strict=True)
+        for (name, module), attributes, size, mode in looked_at:
             if only is not None and id(module) not in only:
                 continue
             now = module.__dict__
             if len(now) != size:
                 return f"sets an attribute of {_called(name, module)}"
+            if now.get("training", _MISSING) is not mode:
+                return f"changes the mode (training or not) of {_called(name, module)}"
             for key, value in attributes.items():
                 if key not in _EVERY_MODULE_HAS and now.get(key, _MISSING) is not value:
                     return f"changes the attribute {key!r} of {_called(name, module)}"
         for thing in self._inside[:_MOST_QUICKLY]:
             if not contents.is_same(thing.value, thing.content, quickly=True):
                 return f"changes the attribute {thing.key!r} of {thing.module}"
+        for path, parameter, trained in self._trained:
+            if parameter.requires_grad != trained:
+                return f"changes requires_grad of {path!r}"
         return None
 
     def change_below(self, ignored: Container[int], in_order: Container[int] = ()) -> str | None:

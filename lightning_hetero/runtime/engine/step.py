@@ -24,8 +24,7 @@ from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.lanes import Lane
-from lightning_hetero.runtime.engine.leaves import gradients, walk
-from lightning_hetero.runtime.engine.region import OWN_CODE
+from lightning_hetero.runtime.engine.leaves import OWN_CODE, gradients, walk
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.turnstile import Turnstile
@@ -224,7 +223,7 @@ class StepCall(Call):
             output = self._task.run(index)
         loss = loss_of(output)
         self.outputs[index] = output
-        self.sums.announce(index, [OWN_CODE, *lane.trace])
+        self.sums.announce(index, lane.trace)
         if self._task.forwards_first and self._crew is not None:
             self._all_forwards_done(lane)
         if loss is not None and loss.requires_grad:

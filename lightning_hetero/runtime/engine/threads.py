@@ -78,6 +78,11 @@ class Threads:
             return 1
         return len(self.workers) + 1
 
+    def look_again(self) -> None:
+        """Let tasks begin that may do so since a lane has ended or failed."""
+        for worker in self.workers.values():
+            worker.look_again()
+
     def wait(self, countdown: faults.Countdown, name: str) -> None:
         """Wait for the lanes of a call of the region `name`.
 

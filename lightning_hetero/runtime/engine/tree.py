@@ -23,27 +23,35 @@ _PLAIN = (
 )  # fmt: skip
 
 
-_ONLY_TENSORS = {Tensor}
+_TENSOR: tuple[type, Any] = (Tensor, ())
+# Attributes of tensors that are no business of user code: marks of this package and of torch.compile.
+_MARKS = ("_hetero", "_dynamo")
 
 
 class Tree:
     """A structure of lists, tuples, mappings and dataclasses, with the tensors taken out.
 
+    Code may ask whether two tensors are one (`context is x`), and what it does to one of them in place it does to the
+    other. So a tensor that stands in several places is taken out once, and its replacement goes to all of them.
+    Attributes that user code has given to a tensor go over to its replacement.
+
     Args:
         obj: The structure. It is not changed.
 
     Attributes:
-        tensors: The tensors in order; one that stands in two places occurs twice.
-        values: The other values in order.
+        tensors: The tensors in the order of their first places, each once.
+        values: The other values in order, those in attributes of tensors among them; for a tensor that has stood
+            before, a text that says which it is and where it stands again.
         form: Class and keys of every container, and where tensors are.
         has_containers: Whether there are lists, mappings or dataclasses.
         opaque: An object that may hold tensors out of sight; None if there is none.
     """
 
-    __slots__ = ("_build", "form", "has_containers", "opaque", "tensors", "values")
+    __slots__ = ("_build", "_index_of", "form", "has_containers", "opaque", "tensors", "values")
 
     def __init__(self, obj: Any) -> None:
         self.tensors: list[Tensor] = []
+        self._index_of: dict[int, int] = {}  # of tensors, by their `id`; made when somebody asks
         self.values: list[Any] = []
         self.form: list[tuple[type, Any]] = []
         self.opaque: Any = None
@@ -56,17 +64,14 @@ class Tree:
 
     def _take(self, obj: Any) -> Build:
         if isinstance(obj, Tensor):
-            index = len(self.tensors)
-            self.tensors.append(obj)
-            self.form.append((Tensor, 1))
-            return itemgetter(index)
+            return self._take_tensor(obj)
         kind = type(obj)
-        if kind is tuple and set(map(type, obj)) == _ONLY_TENSORS:  # the commonest arguments, and outputs
-            self.form.append((Tensor, (kind, len(obj))))
-            first = len(self.tensors)
+        if kind is tuple and obj and not self.tensors and _are_distinct(obj):  # the commonest arguments, and outputs
+            self.form.append((kind, len(obj)))
+            self.form += [_TENSOR] * len(obj)
             self.tensors += obj
-            last = len(self.tensors)
-            return lambda new: tuple(new[first:last])
+            last = len(obj)
+            return lambda new: tuple(new[:last])
         if isinstance(obj, dict):
             self.has_containers = True
             self.form.append((kind, tuple(obj)))
@@ -85,10 +90,31 @@ class Tree:
             members = {name: self._take(value) for name, value in values.items()}
             self._look_behind(obj, values.values())
             return lambda new: with_fields(obj, {name: value(new) for name, value in members.items()})
+        self._take_value(obj)
+        return lambda new: obj
+
+    def _take_tensor(self, tensor: Tensor) -> Build:
+        count = len(self.tensors)
+        if len(self._index_of) < count:
+            self._index_of = {id(known): index for index, known in enumerate(self.tensors)}
+        index = self._index_of.setdefault(id(tensor), count)
+        if index == count:
+            self.tensors.append(tensor)
+        else:
+            self.values.append(f"tensor {index} at {len(self.form)}")
+        own = attributes(tensor) if tensor.__dict__ else None
+        if not own:
+            self.form.append(_TENSOR)
+            return itemgetter(index)
+        self.form.append((Tensor, tuple(own)))
+        for value in own.values():
+            self._take_value(value)
+        return lambda new: with_attributes(new[index], tensor)
+
+    def _take_value(self, obj: Any) -> None:
         self.values.append(obj)
         if not isinstance(obj, _PLAIN) and not callable(obj):
             self.opaque = obj
-        return lambda new: obj
 
     def _look_behind(self, obj: Any, seen: Iterable[Any]) -> None:
         """Whether a container of a class of its own has attributes beside what it contains."""
@@ -99,6 +125,27 @@ class Tree:
             id(value) not in known and not isinstance(value, _PLAIN) for value in getattr(obj, "__dict__", {}).values()
         ):
             self.opaque = obj
+
+
+def _are_distinct(objs: tuple[Any, ...]) -> bool:
+    """Whether all are tensors, without attributes, and none of them stands in two places."""
+    for obj in objs:
+        if type(obj) is not Tensor or obj.__dict__:
+            return False
+    return len(objs) == 1 or len(set(map(id, objs))) == len(objs)
+
+
+def attributes(tensor: Tensor) -> dict[str, Any]:
+    """What user code has set on a tensor; stand-ins for its methods aside, which belong to this very tensor."""
+    own = tensor.__dict__.items()
+    return {name: each for name, each in own if not (name.startswith(_MARKS) or hasattr(Tensor, name))}
+
+
+def with_attributes(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, with the attributes of another one that it stands for."""
+    if tensor is not like and like.__dict__:
+        tensor.__dict__.update(attributes(like))
+    return tensor
 
 
 def _makes_itself(kind: type) -> bool:

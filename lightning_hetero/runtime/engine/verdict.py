@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.containers import Contents, are_unchanged, contents
-from lightning_hetero.runtime.engine.batch import Cut, Join, candidates, joined
+from lightning_hetero.runtime.engine.batch import NO_SIZE, Cut, Join, Size, candidates, joined, size_of
 from lightning_hetero.runtime.engine.batch_norm import Deferred, can_defer, uses_batch
 from lightning_hetero.runtime.engine.comparison import close, same, with_other_rows
 from lightning_hetero.runtime.engine.cut import CannotCutError
@@ -58,7 +58,7 @@ class Verdict:
         draws: Whether the region draws random numbers.
         traced: Places of the outputs that have a graph where gradients are recorded; None if that was not looked at.
         upstream: Places of the outputs of which others are made.
-        rows: Rows of the batch that was tried.
+        size: Of the batch that was tried.
         final: Whether another trial would find the same. A module may fill a cache at its first call.
     """
 
@@ -67,7 +67,7 @@ class Verdict:
     draws: bool = False
     traced: tuple[int, ...] | None = None
     upstream: tuple[int, ...] = ()
-    rows: int = 0
+    size: Size = NO_SIZE
     final: bool = True
 
 
@@ -126,6 +126,7 @@ class Trial:
         if not worth:
             return Verdict(None, ONE_ROW, final=False) if cuts else Verdict(None, "none of its inputs is a batch")
         states, others = self._generators.states(), OtherSources()
+        drawn_from = [(each, each.get_state()) for each in given.values if isinstance(each, torch.Generator)]
         norms = [module for module in self._module.modules() if uses_batch(module)]
         with methods_refused(self._callers, self._forbidden) as refused, Deferred(norms).untouched():
             snapshot = Snapshot(self._module)
@@ -141,6 +142,8 @@ class Trial:
                 found = Verdict(None, f"a trial run of it failed ({type(error).__name__}: {error})", final=False)
             finally:
                 self._generators.restore(states)
+                for generator, state in drawn_from:
+                    generator.set_state(state)
                 drawn = others.put_back()
                 self._owned.put_back()
                 with torch.no_grad():
@@ -162,6 +165,8 @@ class Trial:
             # Hooks of a region are called around it; those of a unit, which a module with replicas is, within it.
             if (module is not self._module or _is_unit(module)) and has_hooks(module):
                 return f"{name or 'it'} has hooks of user code, which would see parts of a batch"
+        if snapshot.of_thread is not None:
+            return f"its code uses {snapshot.of_thread}, whose value each thread has for itself"
         return None
 
     def _try(
@@ -201,7 +206,7 @@ class Trial:
                             draws=self._watch.any,
                             traced=self._traced,
                             upstream=self._upstream,
-                            rows=cut.rows(tensors) or 0,
+                            size=size_of(cut, tensors),
                         )
                     first = first or reason
         assert first is not None

@@ -16,7 +16,7 @@ from lightning_hetero.runtime.emulate import METER
 from lightning_hetero.runtime.engine.at_work import begin_work, end_work
 from lightning_hetero.runtime.engine.faults import annotated
 from lightning_hetero.runtime.engine.record import Record, Recorder
-from lightning_hetero.runtime.engine.turns import Turns
+from lightning_hetero.runtime.engine.turns import MayBegin, Turns
 from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.schedule import Op
 
@@ -122,7 +122,7 @@ class Worker(threading.Thread):
         """Whether lanes run its tasks in their own threads; not under a profiler, where each device has its row."""
         return self._needs_no_thread and not profiler._is_profiler_enabled
 
-    def submit(self, place: int, call: int, task: Task) -> Future:
+    def submit(self, place: int, call: int, task: Task, may_begin: MayBegin | None = None) -> Future:
         """Queue a task for the thread.
 
         Args:
@@ -130,15 +130,16 @@ class Worker(threading.Thread):
                 then of lanes.
             call: Number of the call that it belongs to.
             task: The task.
+            may_begin: Whether it has what it waits for; see `look_again`.
 
         Returns:
             Where its result or exception goes.
         """
         future = Future()
-        self._turns.queue(place, call, task.lane, partial(self._begun.put, (task, future)))
+        self._turns.queue(place, call, task.lane, partial(self._begun.put, (task, future)), may_begin)
         return future
 
-    def help(self, place: int, call: int, task: Task) -> Any:
+    def help(self, place: int, call: int, task: Task, may_begin: MayBegin | None = None) -> Any:
         """Run a task in the thread of a lane, when it is its turn; see `submit`.
 
         Raises:
@@ -146,7 +147,7 @@ class Worker(threading.Thread):
         """
         if HERE.at_work:  # autograd came from the middle of one task to another one: what is held, nobody may wait for
             return task.run()
-        self._turns.take(place, call, task.lane)
+        self._turns.take(place, call, task.lane, may_begin)
         start_s = perf_counter()
         begun = begin_work(self._thread_name)
         try:
@@ -156,6 +157,10 @@ class Worker(threading.Thread):
             taken_s = perf_counter() - start_s
             self.task_s += _WEIGHT * (taken_s - self.task_s) if self.task_s else taken_s
             self._turns.pass_on()
+
+    def look_again(self) -> None:
+        """See whether a task may begin now, because of something that happened elsewhere."""
+        self._turns.look_again()
 
     def stop(self) -> None:
         """End the thread once its tasks are done; `join` waits for it."""
