@@ -187,6 +187,11 @@ def accumulates(trainer: Any) -> bool:
     return bool(trainer.fit_loop._should_accumulate())
 
 
+def validates_by_the_clock(trainer: Any) -> bool:
+    """Whether `val_check_interval` is a time, which Lightning 2.6 brought."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
 def prunes_globally(callback: Any) -> bool:
     """Whether a callback is a `ModelPruning` that ranks the weights of all layers together."""
     return bool(getattr(callback, "_use_global_unstructured", False)) and hasattr(callback, "apply_pruning")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.runtime.processes.group import Address, is_one_host
-from lightning_hetero.strategy._compat import Host, accumulates, has_trainer, train_loaders
+from lightning_hetero.strategy._compat import Host, accumulates, has_trainer, train_loaders, validates_by_the_clock
 from lightning_hetero.strategy.balance import Balance
 from lightning_hetero.strategy.guests import (
     LoggedMetrics,
@@ -164,6 +164,11 @@ class OneOfSeveralCore(_Base):
             raise UnsupportedError(
                 "training_step(dataloader_iter) takes its batches itself, so nobody knows which process has how many "
                 "rows. With several processes, write training_step(batch, batch_idx)."
+            )
+        if validates_by_the_clock(trainer):
+            raise UnsupportedError(
+                "Trainer(val_check_interval=...) is a time, and with several processes each has a clock of its own: "
+                "one would validate while others go on training. Give a number of batches, or a part of an epoch."
             )
         team.adopt(model, devices)
         self._guests = (

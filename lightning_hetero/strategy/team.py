@@ -88,7 +88,7 @@ class Team:
         self._buffers: list[tuple[nn.Module, str]] = []
         self._marks: list[tuple[int, int]] = []
         self._steps = 0
-        self._loops: dict[str, set[int]] = {}
+        self._loops: dict[str, dict[str, set[int]]] = {}  # who had rows, by loop and loader
         self._rows_had: dict[str, int] = {}  # by loop, how many this process had in the pass that goes on
         self._loop = TRAINING
         self._synced_metric = ""
@@ -253,7 +253,7 @@ class Team:
     def begin_loop(self, name: str) -> None:
         """A pass over data begins: its batches come from now on."""
         self._loop = name
-        self._loops[name] = set()
+        self._loops[name] = {}
         self._rows_had[name] = 0
         self._last.pop(name, None)
 
@@ -269,14 +269,14 @@ class Team:
         """
         self._loop = TRAINING
         if is_first:
-            self._loops[TRAINING] = set()
+            self._loops[TRAINING] = {}
         had = 0 if is_first else self._rows_had.get(TRAINING, 0)
         self._rows_had[TRAINING] = had + (0 if self.rows is None else self.rows.own)
         if self.rows is not None:
             self._saw(self.rows)
 
     def _saw(self, rows: Rows) -> None:
-        had = self._loops.setdefault(self._loop, set())
+        had = self._loops.setdefault(self._loop, {}).setdefault(rows.loader, set())
         had.update(rank for rank, size in enumerate(rows.sizes) if size)
 
     def count(self, own: int) -> None:
@@ -563,13 +563,16 @@ class Team:
         Raises:
             UnsupportedError: Some process had no row in it.
         """
-        had = None if self._in_step or self._logs_batch else self._loops.get(self._loop)
-        if had and len(had) < self.group.size:
+        if self._in_step or self._logs_batch:
+            return
+        for loader, had in self._loops.get(self._loop, {}).items():
+            if len(had) == self.group.size:
+                continue
             missing = ", ".join(str(rank) for rank in range(self.group.size) if rank not in had)
             raise UnsupportedError(
                 f"values of a whole pass over the data are shared by all processes, but process {missing} had no row "
-                "in it: there were too few batches of too few rows. Raise batch_size to at least the number of "
-                "processes, or the number of batches (num_sanity_val_steps, limit_val_batches and the like)."
+                f"of {loader or 'it'}: there were too few batches of too few rows. Raise batch_size to at least the "
+                "number of processes, or the number of batches (num_sanity_val_steps, limit_val_batches and the like)."
             )
 
     def all_gather(self, tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:

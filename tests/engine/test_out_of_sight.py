@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -52,6 +53,18 @@ def collect(value: Tensor) -> None:
     COLLECTED.append(value)
 
 
+def counted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A decorator that keeps what it needs for itself."""
+    found: list[Tensor] = COLLECTED
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        found.append(self.rho.pow(2).sum())
+        return forward(self, x)
+
+    return wrapper
+
+
 def collector() -> tuple[list[Tensor], Callable[[Tensor], None]]:
     found: list[Tensor] = []
     return found, lambda value: found.append(value)
@@ -73,10 +86,20 @@ class Bayesian(nn.Module):
         return self.linear(x) * self.rho  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("way", ["a function", "a closure"])
+class Decorated(Bayesian):
+    """Its decorator hands the complexity on."""
+
+    @counted
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.rho  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", ["a function", "a closure", "the second of two", "a decorator"])
 def test_lists_that_are_reached_by_a_function_are_added_to_once(way: str, pair: MakePair) -> None:
-    found, add = (COLLECTED, None) if way == "a function" else collector()
-    both = pair(nn.Sequential(Bayesian(add), nn.Tanh(), nn.Linear(8, 4)).double())
+    found, add = (COLLECTED, None) if way in ("a function", "a decorator") else collector()
+    layer = Decorated() if way == "a decorator" else Bayesian(add)
+    first = [Bayesian(collector()[1])] if way == "the second of two" else []
+    both = pair(nn.Sequential(*first, layer, nn.Tanh(), nn.Linear(8, 4)).double())
 
     def loss(model: nn.Module) -> Tensor:
         found.clear()

@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,18 @@ def other_names(folder: Path) -> Any:
     trainer().validate(Named(), loader(), verbose=False)
 
 
+def second_loader_without_rows(folder: Path) -> Any:
+    class Means(Net):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("val", self.loss(batch), sync_dist=True)
+
+    trainer(limit_val_batches=1).validate(Means(), [loader(), loader(batch_size=1)], verbose=False)
+
+
+def by_the_clock(folder: Path) -> Any:
+    trainer(val_check_interval=timedelta(seconds=5)).fit(Logs(), loader(), loader())
+
+
 def hook_without_rows(folder: Path) -> Any:
     class Looks(Net):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -284,7 +297,9 @@ REFUSED: dict[str, Callable[[Path], Any]] = {
     "by hand": manual("by hand"),
     "raw": manual("raw"),
     "other names": other_names,
+    "by the clock": by_the_clock,
     "hook without rows": hook_without_rows,
+    "second loader": second_loader_without_rows,  # the last: one process ends by it alone
 }
 
 

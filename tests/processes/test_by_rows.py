@@ -51,6 +51,7 @@ def test_what_is_right_is_not_refused(several: list[dict[str, Any]], tmp_path: P
         ("other split", "UsageError: data loader 1 has a dataset with a Subset whose indices are not the same"),
         ("by hand", "UsageError: an optimizer has stepped with gradients that do not come from self.manual_backward"),
         ("raw", "UsageError: the gradients of this step come from loss.backward()"),
+        ("by the clock", "UnsupportedError: Trainer(val_check_interval=...) is a time, and with several processes"),
         ("other names", "UsageError: process {rank} comes to the value that is logged as validation_step/{name}"),
     ],
 )
@@ -63,3 +64,9 @@ def test_a_hook_that_looks_into_a_batch_without_rows_is_told_why(several: list[d
     texts = [result["hook without rows"] for result in several]
     assert any(text.startswith("UnsupportedError: this process has no rows of this batch") for text in texts), texts
     assert all("has no rows of this batch" in text for text in texts), texts
+
+
+def test_a_process_does_not_wait_for_one_that_has_no_row_of_the_second_loader(several: list[dict[str, Any]]) -> None:
+    text = several[1]["second loader"]
+    assert text.startswith("UnsupportedError: values of a whole pass over the data are shared by all processes, but")
+    assert "process 0 had no row of data loader 2" in text

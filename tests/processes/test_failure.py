@@ -103,4 +103,4 @@ def test_a_pass_in_which_a_process_has_no_row_ends_with_advice(runs: Runs, what:
     _, ended = runs[what, 0]
     assert [process.code for process in ended] == [1, 1]
     for process in ended:
-        assert "had no row in it" in process.text
+        assert "had no row of data loader" in process.text

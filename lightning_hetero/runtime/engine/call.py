@@ -62,7 +62,8 @@ class Call:
         Raises:
             Cancelled: Some lane of the call has failed.
         """
-        if self._is_failed:
+        crew = self._crew
+        if crew is not None and crew.failed:
             raise Cancelled
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
@@ -82,15 +83,15 @@ class Call:
 
         Gradients of parameters that come before those of lower lanes would wait, and take memory meanwhile.
         """
-        if not lane.index:
-            return None
         sums, number, index = self.sums, unit.number, lane.index
-        return lambda: self._is_failed or sums.is_turn_of(number, index)
+        if not index or sums.is_turn_of(number, index):
+            return None
 
-    @property
-    def _is_failed(self) -> bool:
-        crew = self._crew
-        return crew is not None and crew.failed
+        def may_begin() -> bool:
+            crew = self._crew
+            return (crew is not None and crew.failed) or sums.is_turn_of(number, index)
+
+        return may_begin
 
     def replica(self, lane: Lane, unit: Unit) -> Unit:
         """The replica of a unit that a lane uses; the unit itself if it has none."""

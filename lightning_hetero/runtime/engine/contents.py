@@ -193,6 +193,6 @@ def is_open(value: Any) -> bool:
     return not (has_state or callable(value)) and hasattr(value, "__dict__") and is_users(type(value))
 
 
-def is_users(cls: type) -> bool:
-    """Whether a class is one of user code."""
-    return cls.__module__.partition(".")[0] not in _FOREIGN
+def is_users(thing: Any) -> bool:
+    """Whether a class or function is one of user code."""
+    return str(thing.__module__).partition(".")[0] not in _FOREIGN

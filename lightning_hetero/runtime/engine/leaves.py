@@ -117,7 +117,14 @@ class OrderedSums:
             known = self._sources.get(source)
             if known is None:
                 known = self._sources[source] = _Source()
-            known.come(lane, self._expected[lane].get(source, ()), number, leaves, found)
+            expected = self._expected[lane].get(source, ())
+            if known.next_lane == lane and len(expected) == 1:  # nothing to wait for
+                known.next_lane += 1
+                known.sum.add(leaves, found)
+                if not known.lanes:
+                    return
+            else:
+                known.come(lane, expected, number, leaves, found)
             self._settle_one(source, known)
 
     def is_turn_of(self, source: Hashable, lane: int) -> bool:
@@ -125,6 +132,9 @@ class OrderedSums:
 
         That is where a lower lane calls the source more than once: other devices may be at work between these calls.
         """
+        known = self._sources.get(source)
+        if known is not None and known.next_lane >= lane:  # which only grows
+            return True
         with self._lock:
             known = self._sources.get(source)
             for other in range(0 if known is None else known.next_lane, lane):
@@ -140,7 +150,7 @@ class OrderedSums:
             for leaf, total in source.sum.tensors.items():
                 known = totals.get(leaf)
                 # What replicas have summed up comes home here, in one piece.
-                here = to_device(total, source.sum.home[leaf])
+                here = to_device(total, source.sum.leaves[leaf].device)
                 totals[leaf] = here if known is None else _plus(known, here)
         return totals
 
@@ -160,20 +170,26 @@ class OrderedSums:
 
 
 class _Source:
-    """The sums of one source. See `OrderedSums`."""
+    """The sums of one source. See `OrderedSums`.
+
+    Attributes:
+        sum: Of the lanes before `next_lane`.
+        next_lane: The first that has not brought everything.
+        lanes: What has come from it and later ones.
+    """
 
     def __init__(self) -> None:
         self.sum = _Sum()
         self.next_lane = 0
-        self._lanes: dict[int, _OfLane] = {}
+        self.lanes: dict[int, _OfLane] = {}
 
     def come(
         self, lane: int, expected: Sequence[int], number: int, leaves: Sequence[Tensor], found: Sequence[Tensor | None]
     ) -> None:
         """Take what one of the calls of a lane brings."""
-        of_lane = self._lanes.get(lane)
+        of_lane = self.lanes.get(lane)
         if of_lane is None:
-            of_lane = self._lanes[lane] = _OfLane()
+            of_lane = self.lanes[lane] = _OfLane()
         of_lane.waiting[number] = (leaves, found)
         if len(expected) > 1:
             of_lane.add_up(expected)
@@ -182,13 +198,13 @@ class _Source:
         """Whether all calls of a lane have brought something."""
         if not expected:
             return True
-        of_lane = self._lanes.get(lane)
+        of_lane = self.lanes.get(lane)
         return of_lane is not None and of_lane.count + len(of_lane.waiting) >= len(expected)
 
     def take(self, lane: int) -> None:
         """Add what has come for a lane, and go on to the next lane."""
         self.next_lane = lane + 1
-        of_lane = self._lanes.pop(lane, None)
+        of_lane = self.lanes.pop(lane, None)
         if of_lane is None:
             return
         if not of_lane.count and len(of_lane.waiting) == 1:
@@ -198,7 +214,7 @@ class _Source:
         part = of_lane.rest()
         while part.tensors:  # one after the other, so that nobody else has what is added
             key, gradient = part.tensors.popitem()
-            self.sum.add_one(key, part.home[key], gradient)
+            self.sum.add((part.leaves[key],), (gradient,))
 
 
 class _OfLane:
@@ -233,42 +249,40 @@ class _Sum:
 
     Attributes:
         tensors: The sums, by `id` of the leaf.
-        home: The devices of the leaves.
+        leaves: The leaves, likewise.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[int, Tensor] = {}
-        self.home: dict[int, torch.device] = {}
+        self.leaves: dict[int, Tensor] = {}
         self._ours: set[int] = set()  # leaves whose sum is a tensor that was made here
         self._alone: set[int] = set()  # those whose sum nobody else has, as was seen when something was added first
 
     def add(self, leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
         """Add the gradients of some leaves."""
         for leaf, gradient in zip(leaves, found, strict=True):
-            if gradient is not None:
-                self.add_one(id(leaf), leaf.device, gradient)
-
-    def add_one(self, key: int, home: torch.device, gradient: Tensor) -> None:
-        """Add the gradient of one leaf."""
-        known = self.tensors.get(key)
-        if known is None:
-            self.tensors[key] = gradient
-            self.home[key] = home
-            return
-        if gradient.device != known.device:  # code on a replica may use the original too
-            gradient = to_device(gradient, known.device)
-        # Autograd may hand out one tensor for two leaves (of y = a + b), and user code may keep what it returns. So
-        # the first sum is a new tensor, unless nobody else has the first gradient.
-        if key in self._ours:
-            in_place = not known.is_sparse
-        else:
-            in_place = (key in self._alone or _has_one_owner(known)) and _memory(gradient) is not None
-        if in_place:
-            known.add_(gradient)
-            self._alone.add(key)
-        else:
-            self.tensors[key] = _plus(known, gradient)
-            self._ours.add(key)
+            if gradient is None:
+                continue
+            key = id(leaf)
+            known = self.tensors.get(key)
+            if known is None:
+                self.tensors[key] = gradient
+                self.leaves[key] = leaf
+                continue
+            if gradient.device != known.device:  # code on a replica may use the original too
+                gradient = to_device(gradient, known.device)
+            # Autograd may hand out one tensor for two leaves (of y = a + b), and user code may keep what it returns. So
+            # the first sum is a new tensor, unless nobody else has the first gradient.
+            if key in self._ours:
+                in_place = not known.is_sparse
+            else:
+                in_place = (key in self._alone or _has_one_owner(known)) and _memory(gradient) is not None
+            if in_place:
+                known.add_(gradient)
+                self._alone.add(key)
+            else:
+                self.tensors[key] = _plus(known, gradient)
+                self._ours.add(key)
 
 
 _CAN_TELL = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")  # torch does not document them
@@ -289,7 +303,7 @@ def _least_references() -> tuple[int, int]:
 
 
 _LEAST_REFERENCES = _least_references() if _CAN_TELL else (0, 0)
-_REFERENCES = 4  # to a gradient in `_Sum.add_one`: in `tensors`, `known`, the argument here, and that of `getrefcount`
+_REFERENCES = 4  # to a gradient in `_Sum.add`: in `tensors`, `known`, the argument here, and that of `getrefcount`
 
 
 def _has_one_owner(gradient: Tensor) -> bool:

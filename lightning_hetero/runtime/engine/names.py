@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections.abc import Iterable, Iterator
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ from lightning_hetero.runtime.engine.contents import CONTAINERS, Thing, is_users
 _BOUND_ANEW = (
     *CONTAINERS, Tensor, bool, int, float, str, type(None), random.Random, torch.Generator, threading.local,
 )  # fmt: skip
+
+
+_WRAPPERS = (
+    (FunctionType, "__wrapped__"),
+    ((staticmethod, classmethod, MethodType), "__func__"),
+    (property, "fget"),
+    (functools.cached_property, "func"),
+    (type(functools.cache(len)), "__wrapped__"),
+)
 
 
 class Name:
@@ -86,12 +96,18 @@ def names_of(classes: Iterable[type], functions: Iterable[Any] = ()) -> Iterator
 def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
     """What functions name, and the functions of these packages that they name."""
     seen: set[tuple[int, str]] = set()
-    gone_through: set[int] = set()
+    gone_through: set[tuple[int, ...]] = set()
     while todo:
-        function = _function(todo.pop(0))
-        if function is None or id(function.__code__) in gone_through:
+        value = todo.pop(0)
+        function, inner = _unwrapped(value)
+        if inner is not None:
+            todo.append(inner)
+        if function is None or not is_users(function):
             continue
-        gone_through.add(id(function.__code__))
+        mark = (id(function.__code__), *map(id, function.__closure__ or ()))  # methods of many objects are one function
+        if mark in gone_through:
+            continue
+        gone_through.add(mark)
         known = function.__globals__
         found: list[tuple[Any, str, Any, str]]
         found = [(known, name, known.get(name), f"the global {name!r}") for name in _names_in(function.__code__)]
@@ -105,17 +121,12 @@ def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
                 yield Name(owner, name, where)
 
 
-def _function(value: Any) -> FunctionType | None:
-    """The function that a method, a property or a decorator has around it."""
-    for _ in range(8):  # decorators around decorators
-        if isinstance(value, FunctionType):
-            inner = getattr(value, "__wrapped__", None)
-            if inner is None:
-                return value
-            value = inner
-            continue
-        value = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "__wrapped__", None)
-    return None
+def _unwrapped(value: Any) -> tuple[FunctionType | None, Any]:
+    """The function that something is, and what a method, a property or a decorator has inside."""
+    for kind, name in _WRAPPERS:
+        if isinstance(value, kind):
+            return (value if isinstance(value, FunctionType) else None), getattr(value, name, None)
+    return None, None
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
@@ -154,7 +165,8 @@ def named_in_forward(classes: Iterable[type]) -> frozenset[str]:
                 looked_at.add(name)
                 functions += [vars(base)[name] for base in cls.__mro__ if is_users(base) and name in vars(base)]
                 continue
-            function = _function(functions.pop())
+            function, inner = _unwrapped(functions.pop())
+            functions += [] if inner is None else [inner]
             if function is None or id(function.__code__) in gone_through:
                 continue
             gone_through.add(id(function.__code__))

@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lightning_hetero.errors import UnsupportedError, UsageError
@@ -60,10 +60,12 @@ class Rows:
     Attributes:
         sizes: Those of each process.
         rank: Of this process.
+        loader: Name of the loader; empty if none is known.
     """
 
     sizes: tuple[int, ...]
     rank: int
+    loader: str = field(default="", compare=False)
 
     @property
     def own(self) -> int:
@@ -134,7 +136,7 @@ class RowLedger:
                     "processes together would not be those of one process. Give these loaders the same batch_size, "
                     "with drop_last=True."
                 )
-        return rows
+        return replace(rows, loader=first)
 
     def _found(self, batch: object) -> Iterator[tuple[str, Rows]]:
         """Name of a loader and rows, for each batch in there."""
