@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.thread: Any = threading.current_thread()
 
 
 HERE = _Here()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from lightning_hetero.runtime.frames import HERE
@@ -21,7 +20,7 @@ def begin_work(name: str) -> tuple[Any, str]:
         What `end_work` needs. One task begins none within itself.
     """
     HERE.at_work = True
-    thread: Any = threading.current_thread()
+    thread = HERE.thread
     before = thread._name
     thread._name = name
     return thread, before

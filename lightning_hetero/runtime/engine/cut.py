@@ -45,7 +45,7 @@ from lightning_hetero.runtime.engine.state import (
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree, with_attributes
 from lightning_hetero.runtime.engine.worker import Task, Worker
-from lightning_hetero.runtime.frames import Frame
+from lightning_hetero.runtime.frames import HERE, Frame
 from lightning_hetero.runtime.transfer import map_tensors, to_device, version_of
 
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ class UnitCall:
         Raises:
             CannotCutError: It has: the others have new values too, or should have, and their graphs do not know.
         """
+        if not self._together:
+            return
         together, self._together = self._together, ()
         if any(version_of(tensor) != version for tensor, version in together):
             raise CannotCutError(f"a tensor that shares memory with an output of {self.unit.name} is changed in place")
@@ -171,7 +173,8 @@ class UnitCall:
         call = lane.call
         if not lane.in_backward:
             raise RuntimeError(_escaped(self.unit.name, call.name))
-        self.check_memory()
+        if self._together:
+            self.check_memory()
         if torch.is_grad_enabled():
             raise CannotCutError("a gradient inside of it is differentiated again (create_graph=True)")
         worker = self.unit.worker
@@ -321,8 +324,7 @@ def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwa
     """Let the unit's worker do it, and wait."""
     worker, parts = unit.worker, unit.parts
     device = worker.torch_device
-    around = frames.top()
-    in_chain = around is not None and around.chain
+    in_chain = bool(HERE.frames) and HERE.frames[-1].chain
     fresh = lane.fresh if lane.passes_on else None
     lane.fresh, lane.passes_on = None, False
     wanted = device if enters_by(parts[0]) == device else None
@@ -368,11 +370,12 @@ def _done(worker: Worker, helps: bool, place: int, call: int, task: Task) -> Any
     """The result of a forward."""
     if not helps:
         return worker.submit(place, call, task).get()
-    depth = frames.depth()
+    stack = HERE.frames
+    depth = len(stack)
     try:
         return worker.help(place, call, task)
     finally:
-        frames.cut_to(depth)
+        del stack[depth:]
 
 
 def _attach(

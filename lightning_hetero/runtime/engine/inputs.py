@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,10 @@ class Inputs:
     def __init__(self, given: Tree, device: torch.device | None, *, records: bool, fresh: Fresh | None = None) -> None:
         self._given = given
         self._records = records
-        self._versions = _versions(given.tensors)
+        try:
+            self._versions = [tensor._version for tensor in given.tensors]
+        except RuntimeError:  # some are of inference mode
+            self._versions = [version_of(tensor) for tensor in given.tensors]
         self._copies: list[tuple[Tensor, Tensor, int]] = []
         self._containers: list[Any] = []
         self.traced: list[Tensor] = []
@@ -78,8 +81,13 @@ class Inputs:
 
         A tensor of inference mode that was copied may be written to: it gets the new values.
         """
-        if self._versions != _versions(self._given.tensors):
-            return "changes its input in place"
+        for tensor, version in zip(self._given.tensors, self._versions, strict=True):
+            try:
+                now = tensor._version
+            except RuntimeError:
+                now = 0
+            if now != version:
+                return "changes its input in place"
         for given, copy, version in self._copies:
             if version_of(copy) != version:
                 if not given.is_inference():
@@ -110,13 +118,6 @@ class Inputs:
         self.used = used
         self._built = self._given.build(used)
         self._containers = contents(self._built) if self._given.has_containers else []
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:  # some are of inference mode
-        return [version_of(tensor) for tensor in tensors]
 
 
 @contextmanager

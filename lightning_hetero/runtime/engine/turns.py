@@ -48,7 +48,7 @@ class Turns:
     def pass_on(self) -> None:
         """End a turn."""
         with self._lock:
-            begin = self._next()
+            begin = self._next() if self._waiting else None
             if begin is None:
                 self._is_taken = False
                 return
