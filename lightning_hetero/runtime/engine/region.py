@@ -125,9 +125,8 @@ class RegionCall(Call):
         self._parameters: list[Tensor] = [] if task.again is None else list(task.again.parameters)
         self._traced: list[int] = []  # places of outputs that have a graph
         self.columns: list[list[Tensor]] = []
-        self._passed: dict[
-            int, Sequence[Tensor]
-        ] = {}  # what lanes were given, by their index, until outputs are joined
+        # What lanes were given, by their index, until outputs are joined.
+        self._passed: dict[int, Sequence[Tensor]] = {}
         self._ready: Mark | None = None  # when lanes may read what they are given; that of their backward likewise
         self._spent = False
         self._differentiated: tuple[Tensor | None, ...] | None = None
