@@ -96,18 +96,7 @@ def names_of(classes: Iterable[type], functions: Iterable[Any] = ()) -> Iterator
 def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
     """What functions name, and the functions of these packages that they name."""
     seen: set[tuple[int, str]] = set()
-    gone_through: set[tuple[int, ...]] = set()
-    while todo:
-        value = todo.pop(0)
-        function, inner = _unwrapped(value)
-        if inner is not None:
-            todo.append(inner)
-        if function is None or not is_users(function):
-            continue
-        mark = (id(function.__code__), *map(id, function.__closure__ or ()))  # methods of many objects are one function
-        if mark in gone_through:
-            continue
-        gone_through.add(mark)
+    for function in _each_once(todo):
         known = function.__globals__
         found: list[tuple[Any, str, Any, str]]
         found = [(known, name, known.get(name), f"the global {name!r}") for name in _names_in(function.__code__)]
@@ -119,6 +108,21 @@ def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
             elif isinstance(value, _BOUND_ANEW) and (id(owner), name) not in seen:
                 seen.add((id(owner), name))
                 yield Name(owner, name, where)
+
+
+def _each_once(todo: list[Any]) -> Iterator[FunctionType]:
+    """The functions of user code among these and inside of them; whoever asks may add more on the way."""
+    gone_through: set[tuple[int, ...]] = set()
+    while todo:
+        function, inner = _unwrapped(todo.pop(0))
+        if inner is not None:
+            todo.append(inner)
+        if function is None or not is_users(function):
+            continue
+        mark = (id(function.__code__), *map(id, function.__closure__ or ()))  # methods of many objects are one function
+        if mark not in gone_through:
+            gone_through.add(mark)
+            yield function
 
 
 def _unwrapped(value: Any) -> tuple[FunctionType | None, Any]:
@@ -153,26 +157,15 @@ def named_in_forward(classes: Iterable[type]) -> frozenset[str]:
     """All names in the `forward` of user classes, and in the methods and functions of theirs that it names."""
     found: set[str] = set()
     for cls in set(classes):
-        todo = ["forward"]
-        functions: list[Any] = []
-        looked_at: set[str] = set()
-        gone_through: set[int] = set()
-        while todo or functions:
-            if todo:
-                name = todo.pop()
-                if name in looked_at:
-                    continue
-                looked_at.add(name)
-                functions += [vars(base)[name] for base in cls.__mro__ if is_users(base) and name in vars(base)]
-                continue
-            function, inner = _unwrapped(functions.pop())
-            functions += [] if inner is None else [inner]
-            if function is None or id(function.__code__) in gone_through:
-                continue
-            gone_through.add(id(function.__code__))
+        methods: dict[str, list[Any]] = {}  # of all bases, for `super()` leads there
+        for base in filter(is_users, cls.__mro__):
+            for name, value in vars(base).items():
+                methods.setdefault(name, []).append(value)
+        todo = list(methods.get("forward", ()))
+        for function in _each_once(todo):
             names = set(_names_in(function.__code__))
             found |= names
-            todo += names
             known = function.__globals__
-            functions += [known[name] for name in names if _package(known.get(name)) == _package(cls)]
+            todo += [method for name in names & methods.keys() for method in methods[name]]
+            todo += [known[name] for name in names if _package(known.get(name)) == _package(cls)]
     return frozenset(found)
