@@ -130,7 +130,7 @@ class Bench:
         with Recording(module, self.graph) as recording:
             recording.ends_in(nn.functional.cross_entropy(module(self.x), self.y))
         profile = measure_model(recording, inventory, call_overhead_s=CALL_OVERHEAD_S)
-        self.costs = Costs(graph=self.graph, inventory=inventory, profile=profile)
+        self.costs = Costs(graph=self.graph, inventory=inventory, profile=profile, accumulates=False)
 
     def loss(self, module: nn.Module) -> Tensor:
         """Of one batch, which lies on the root."""

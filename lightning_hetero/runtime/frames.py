@@ -38,6 +38,9 @@ class _Here(threading.local):
     arranged = False
     keeps_activations = False
     micro_batch = 0
+    part_of_batch = (
+        1.0  # of its rows, that the user's step has which runs in this thread: a micro-batch has less than all
+    )
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []

@@ -113,6 +113,8 @@ class Costs:
         training: Whether there is a backward and an optimizer step.
         optimizer_factor: Bytes of optimizer state for each byte of trained parameter.
         defers_batch_norm: Whether micro-batches are normalised by their own mean and variance.
+        accumulates: Whether gradients of batches before may be there in a backward. With True, predictions of memory
+            hold in any case.
 
     Attributes:
         is_coupled: Whether rows depend on each other, so that "forward" runs batches whole.
@@ -143,12 +145,14 @@ class Costs:
         training: bool = True,
         optimizer_factor: float = 2.0,
         defers_batch_norm: bool = False,
+        accumulates: bool = True,
     ) -> None:
         self.graph = graph
         self.inventory = inventory
         self.profile = profile
         self.training = training
         self.optimizer_factor = optimizer_factor
+        self.accumulates = accumulates
         self.is_coupled = bool(profile.coupled) and training and not defers_batch_norm
         self.devices = inventory.names
         self.limits = tuple(device.memory_bytes for device in inventory)

@@ -88,7 +88,9 @@ def peak_bytes(
                 # Of what is called once, lanes bring gradients in order: there is the sum, and one more to add. Else
                 # each lane may have a sum of its own.
                 sets = 2 if costs.units[unit].calls == 1 else lanes + 1
-                total[run.device] += min(sets, everything + 1) * costs.trained_bytes[unit]
+                # What is resident has room for one set: for that of the batch before, or for the sum of this one.
+                sets = min(sets, everything + 1) - (not in_steps and not costs.accumulates)
+                total[run.device] += sets * costs.trained_bytes[unit]
         for device, size in _gradients_on_their_way(route, max(rows)).items():
             total[device] += work.bytes_of(size, lanes)
     if work.is_cut and not in_steps:

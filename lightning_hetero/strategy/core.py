@@ -32,7 +32,15 @@ from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.arguments import known_arguments_only
 from lightning_hetero.strategy.averaging import warn_of_copies
 from lightning_hetero.strategy.busy import BusyTable, busy_table
-from lightning_hetero.strategy.first_steps import MEASURE_AND_PLAN_S, PROFILE, FirstSteps, can_gain, steps_left
+from lightning_hetero.strategy.first_steps import (
+    MEASURE_AND_PLAN_S,
+    PROFILE,
+    FirstSteps,
+    can_gain,
+    may_accumulate,
+    steps_left,
+)
+from lightning_hetero.strategy.guests import MeansByRows
 from lightning_hetero.strategy.memory import readable_out_of_memory
 from lightning_hetero.strategy.mocks import Replaceable, replaced
 from lightning_hetero.strategy.online import REPLAN, Online
@@ -326,6 +334,8 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
             devices = [torch.device(str(device.torch_device)) for device in self._inventory.trainable]
             self._begin_together(self._team, trainer, self.model, devices)
         planning = self._planning(fitting)
+        if fitting and self._team is None:
+            planning = replace(planning, accumulates=may_accumulate(trainer))
         self._place(planning.before_optimizers())
         self.model = self._setup_model(self.model)
         if fitting:
@@ -345,6 +355,8 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
                     device_profile=self._device_profile,
                 )
                 self._watchdog = Watchdog(self._pipelining.hang_timeout_s)
+            if self._team is None and FORWARD not in self._terms.schedules:
+                self._guests = (*self._guests, MeansByRows(trainer, self.model, None))
         self._check()
         assert self._plan is not None
         warn_of_copies(trainer.callbacks, self._plan)

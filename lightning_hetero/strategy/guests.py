@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.strategy._compat import (
     accelerator_connector,
     catch_sigterm,
@@ -140,19 +141,21 @@ def _itself(own: Callable[[], bool]) -> Callable[[], bool]:
 
 
 class MeansByRows:
-    """Gives a `MeanMetric` that gets one number for a batch the rows of this process as a weight.
+    """Gives a `MeanMetric` that gets one number for a batch the rows as a weight that the number is of.
 
-    On one device such a number counts once for each batch; so those of all processes together have to count once.
+    On one device such a number counts once for each batch; so those of all processes together have to count once, and
+    those of all micro-batches.
 
     Args:
         trainer: Has what is logged, and so the batch.
         model: Has the metrics.
-        team: The processes.
+        team: The processes; None: there is one.
     """
 
-    def __init__(self, trainer: Any, model: nn.Module, team: Team) -> None:
+    def __init__(self, trainer: Any, model: nn.Module, team: Team | None) -> None:
         self._trainer = trainer
-        self._team: Team | None = team
+        self._team = team
+        self._is_open = True
         self._own = [(metric, metric.update) for metric in model.modules() if isinstance(metric, MeanMetric)]
         for metric, own in self._own:
             vars(metric)["update"] = partial(self._update, own)
@@ -160,13 +163,13 @@ class MeansByRows:
     def _update(self, own: Callable[..., None], value: Any, weight: Any = None) -> None:
         logged = logged_results(self._trainer)
         of_batch = logged is not None and logged.batch is not None
-        if self._team is not None and of_batch and weight is None and torch.as_tensor(value).dim() == 0:
-            weight = self._team.weight
+        if self._is_open and of_batch and weight is None and torch.as_tensor(value).dim() == 0:
+            weight = (1.0 if self._team is None else self._team.weight) * HERE.part_of_batch
         own(value, **({} if weight is None else {"weight": weight}))
 
     def close(self) -> None:
         """Leave the metrics as they were; one that micro-batches use in turn puts this back, and it does nothing."""
-        self._team = None
+        self._is_open, self._team = False, None
         for metric, own in self._own:
             vars(metric)["update"] = own
 

@@ -98,7 +98,7 @@ def predicted(
     with Recording(model, graph) as recording:
         recording.ends_in(model(torch.ones(ROWS, WIDTH)).square().sum())
     inventory = resolve_devices(",".join(accelerator.devices))
-    costs = Costs(graph, inventory, measure_model(recording, inventory))
+    costs = Costs(graph, inventory, measure_model(recording, inventory), accumulates=False)
     forecast = predict(costs, device_of, execution).forecast
     return {device.device: device.memory_bytes for device in forecast.devices}
 

@@ -127,12 +127,14 @@ def test_what_is_logged_is_that_of_the_whole_batch(plain: Any, hetero: Any) -> N
         def __init__(self) -> None:
             super().__init__()
             self.accuracy = MulticlassAccuracy(4, average="micro")
-            self.mean = MeanMetric()
+            self.mean, self.losses = MeanMetric(), MeanMetric()
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
             x, y = batch
             scores = self(x)
             loss = F.cross_entropy(scores, y)
+            self.losses(loss)
+            self.log("losses", self.losses, on_step=False, on_epoch=True)
             self.log("loss", loss, on_step=True, on_epoch=True)
             self.log_dict(
                 {"rows": float(len(x)), "also": loss.detach() * 2}, reduce_fx="sum", on_step=True, on_epoch=True

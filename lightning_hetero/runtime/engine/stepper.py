@@ -24,6 +24,7 @@ from lightning_hetero.runtime.engine.step import StepCall, StepTask
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
 from lightning_hetero.runtime.engine.verdict import Watch
+from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.schedule import Op, Schedule, bounds
 from lightning_hetero.schedule.rows import split_rows
 
@@ -290,7 +291,11 @@ class Stepper:
         step.uses[index] = Uses(twin)
         first = offsets(step.rows)
         batch = cut_rows(step.args[0], first[-1], first[index], first[index + 1])
-        return getattr(twin, self._name)(batch, *step.args[1:])
+        HERE.part_of_batch = step.rows[index] / first[-1]
+        try:
+            return getattr(twin, self._name)(batch, *step.args[1:])
+        finally:
+            HERE.part_of_batch = 1.0
 
     def _run_after_the_last(self, index: int, step: _Step) -> Any:
         output = self._run_beside_the_others(index, step)
