@@ -59,6 +59,10 @@ class Dealer:
         self._owed = [round(rows_due - size, 9) for rows_due, size in zip(due, sizes, strict=True)]
         return tuple(sizes)
 
+    def forget(self) -> None:
+        """Deal as if the next batch were the first one."""
+        self._owed = [0.0] * len(self._weights)
+
     def change(self, shares: Sequence[float]) -> None:
         """Deal by other shares from now on.
 
@@ -123,10 +127,17 @@ class Shares:
 
 
 class Dealing:
-    """How the batches of one iteration are dealt: a function of their sizes and of the history of the shares."""
+    """How the batches of one iteration are dealt: a function of their sizes and of the history of the shares.
 
-    def __init__(self, shares: Shares) -> None:
+    Args:
+        shares: Of the ranks.
+        carries: Whether what a rank did not get of one batch counts in its favour in the next; see `Dealer`. Without,
+            batches of one size are all dealt alike.
+    """
+
+    def __init__(self, shares: Shares, *, carries: bool = True) -> None:
         self._shares = shares
+        self._carries = carries
         self._seen = len(shares._history)
         self._dealer = Dealer(shares.current)
         self._number = 0
@@ -150,6 +161,8 @@ class Dealing:
             self._dealer.change(shares)
             self._seen = due[-1] + 1
         self._number += 1
+        if not self._carries:
+            self._dealer.forget()
         return self._dealer.deal(rows)
 
 

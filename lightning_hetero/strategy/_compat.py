@@ -178,8 +178,9 @@ def has_trainer(module: Any) -> bool:
 
 
 def train_loaders(trainer: Any) -> Any:
-    """The data loaders of the training, in a list whatever the user's collection was."""
-    return trainer.fit_loop._combined_loader.flattened
+    """The data loaders of the training, in a list whatever the user's collection was; none before they are made."""
+    combined = trainer.fit_loop._combined_loader
+    return () if combined is None else combined.flattened
 
 
 def accumulates(trainer: Any) -> bool:

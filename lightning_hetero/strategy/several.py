@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -155,6 +156,7 @@ class OneOfSeveralCore(_Base):
             )
         self._team = Team(address, self._shares, timeout_s, {"shares": list(self._shares), **facts})
         module: Any = self.lightning_module
+        self._team.training_loaders = partial(train_loaders, module.trainer)
         self._guests = (OwnSamplers(module.trainer, self._team),)  # a hook `setup` may ask for the data already
 
     def _begin_together(self, team: Team, trainer: Any, model: nn.Module, devices: Sequence[torch.device]) -> None:

@@ -22,8 +22,10 @@ from lightning_hetero import __version__
 from lightning_hetero.errors import ProcessError, UnsupportedError, UsageError
 from lightning_hetero.plan.explain import format_seconds
 from lightning_hetero.runtime.processes.batch_norm import GlobalBatchNorm
+from lightning_hetero.runtime.processes.dealt_sampler import DealtBatchSampler
 from lightning_hetero.runtime.processes.group import Address, Group, LinkSpeed
-from lightning_hetero.runtime.processes.loader import deal_loader, is_dealt_by_user
+from lightning_hetero.runtime.processes.host_generators import follow, moves_since, states
+from lightning_hetero.runtime.processes.loader import deal_loader, is_dealt_by_user, is_one_of_several
 from lightning_hetero.runtime.processes.reducer import GradientReducer
 from lightning_hetero.runtime.processes.row_ledger import RowLedger, Rows
 from lightning_hetero.schedule.dealing import Shares
@@ -58,6 +60,7 @@ class Team:
         deals: Whether rows are dealt out; False leaves that to user code.
         shares: How much of a batch each process gets.
         rows: Of the batch that runs now; None outside of steps, and where user code deals the data out.
+        training_loaders: Asked for the data loaders that give one batch together.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Team:
         self._link: LinkSpeed | None = None
         self.deals = True
         self.rows: Rows | None = None
+        self.training_loaders: Callable[[], Sequence[Any]] = tuple
         self._in_step = False
         self._logs_batch = False
         self._reducer: GradientReducer | None = None
@@ -88,6 +92,7 @@ class Team:
         self._buffers: list[tuple[nn.Module, str]] = []
         self._marks: list[tuple[int, int]] = []
         self._steps = 0
+        self._drawn_from: dict[str, Any] = {}  # where generators stood before a step that some have no rows for
         self._loops: dict[str, dict[str, set[int]]] = {}  # who had rows, by loop and loader
         self._rows_had: dict[str, int] = {}  # by loop, how many this process had in the pass that goes on
         self._loop = TRAINING
@@ -232,7 +237,11 @@ class Team:
                 loader.batch_size,
                 self.group.size,
             )
-        return deal_loader(loader, self.group, self.shares, self._ledger, f"data loader {self._loaders}")
+        name = f"data loader {self._loaders}"
+        return deal_loader(loader, self.group, self.shares, self._ledger, name, self._is_joined)
+
+    def _is_joined(self, sampler: DealtBatchSampler) -> bool:
+        return is_one_of_several(sampler, self.training_loaders())
 
     def take(self, convert: Callable[[Any], Any], batch: Any) -> Any:
         """A batch comes from its loader. Stands before the host's conversion of its precision.
@@ -466,6 +475,7 @@ class Team:
             ProcessError: They are not at the same step.
         """
         self._steps += 1
+        self._drawn_from = states() if self.is_incomplete else {}
         word = torch.tensor([flag, self._steps, -self._steps, *self._changed()], dtype=torch.float64)
         flagged, most, least, *changed = self.group.reduce(word, dist.ReduceOp.MAX, self.group.control).tolist()
         if most != -least:
@@ -477,12 +487,20 @@ class Team:
         return bool(flagged)
 
     def settle(self) -> None:
-        """A training step is over: buffers that it changed become those of a process that had rows for it."""
-        if self.rows is None or not self.is_incomplete or not self._buffers:
+        """A training step is over: what it changed is on all processes as on one that had rows for it.
+
+        That is, buffers, and the random number generators of processes that had none.
+        """
+        if self.rows is None or not self.is_incomplete:
             return
-        word = torch.tensor(self._changed(), dtype=torch.float64)
-        changed = self.group.reduce(word, dist.ReduceOp.MAX, self.group.control).tolist()
-        self._hand_out(changed, next(rank for rank, size in enumerate(self.rows.sizes) if size))
+        source = next(rank for rank, size in enumerate(self.rows.sizes) if size)
+        moves = self.group.broadcast(moves_since(self._drawn_from), source)
+        if self.is_idle:
+            follow(moves)
+        if self._buffers:
+            word = torch.tensor(self._changed(), dtype=torch.float64)
+            changed = self.group.reduce(word, dist.ReduceOp.MAX, self.group.control).tolist()
+            self._hand_out(changed, source)
 
     def _changed(self) -> list[bool]:
         return [before != now for before, now in zip(self._marks, self._marks_of_buffers(), strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, random_split
 from torchmetrics import MeanMetric
 
 from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
@@ -282,6 +284,56 @@ def hook_without_rows(folder: Path) -> Any:
     trainer().validate(Looks(), loader(batch_size=1), verbose=False)
 
 
+class Chooses(Net):
+    """Each batch trains one of two weights, by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        draws = (float(torch.rand(())), random.random(), float(np.random.rand()))
+        return sum((batch[0] - self.w[int(draw < 0.5)]).square().mean() for draw in draws)
+
+
+class ByNumPy(Sampler[int]):
+    """Another order in each epoch, from the generators that user code has at hand."""
+
+    def __len__(self) -> int:
+        return 17
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.permutation(17).tolist()
+        random.shuffle(order)
+        yield from order
+
+
+def choices(folder: Path) -> Tensor:
+    """Processes choose alike, although process 0 alone draws the order."""
+    weights = []
+    for arguments in ({"shuffle": True}, {"sampler": ByNumPy()}):
+        L.seed_everything(1, verbose=False)
+        module = Chooses()
+        trainer(max_epochs=3).fit(module, loader(**arguments))
+        weights.append(module.w.detach())
+    return torch.cat(weights)
+
+
+class Pairs(Net):
+    """A batch of two loaders."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch["a"]) + 2 * self.loss(batch["b"])
+
+
+def cycled(folder: Path) -> Tensor:
+    """Two loaders of one batch size without incomplete batches, of which the shorter one begins anew."""
+    module = Pairs()
+    loaders = {"b": loader(10, 5, drop_last=True), "a": loader(17, 5, drop_last=True)}
+    trainer(max_epochs=2).fit(module, loaders)
+    return module.w.detach()
+
+
 SAME: dict[str, Callable[[Path], Any]] = {
     "logs": logs,
     "resumed": resumed,
@@ -290,6 +342,8 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "product": manual("product"),
     "same split": same_split,
     "copied metrics": copied_metrics,
+    "choices": choices,
+    "cycled": cycled,
 }
 REFUSED: dict[str, Callable[[Path], Any]] = {
     "not a loader": not_a_loader,

@@ -37,7 +37,9 @@ def test_a_stateful_loader_goes_on_in_the_middle_of_an_epoch(several: list[dict[
         assert again == whole
 
 
-@pytest.mark.parametrize("case", ["data in setup", "closure", "product", "same split", "copied metrics"])
+@pytest.mark.parametrize(
+    "case", ["data in setup", "closure", "product", "same split", "copied metrics", "choices", "cycled"]
+)
 def test_what_is_right_is_not_refused(several: list[dict[str, Any]], tmp_path: Path, case: str) -> None:
     alone = by_rows.SAME[case](tmp_path)
     for result in several:

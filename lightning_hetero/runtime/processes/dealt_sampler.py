@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from lightning_hetero.errors import ProcessError
 from lightning_hetero.runtime.processes.exchange import Exchange
+from lightning_hetero.runtime.processes.host_generators import follow, moves_since, states
 from lightning_hetero.runtime.processes.row_ledger import Rows
 from lightning_hetero.schedule.dealing import Dealing, Shares
 
@@ -20,7 +21,8 @@ class DealtBatchSampler(Sampler[Any]):
     """This rank's rows of every batch of the user's batch sampler, without the batches of which it has none.
 
     Rank 0 draws the batches of an iteration, all at once, and tells the others; so the random state of one process
-    decides, as if it were alone. Other attributes are those of the user's batch sampler.
+    decides, as if it were alone; generators of the others that stood where its own did go along. Other attributes are
+    those of the user's batch sampler.
 
     Args:
         source: The user's batch sampler; it has a length.
@@ -30,18 +32,23 @@ class DealtBatchSampler(Sampler[Any]):
     Attributes:
         source: See above.
         turn: The iteration that began last.
+        skipped: Called for every batch that is left out.
+        is_joined: Asked at the beginning of an iteration: whether its batches come together with those of other
+            loaders. All ranks need the same part of both then, also where one loader is shorter and begins anew.
     """
 
     def __init__(self, source: Any, exchange: Exchange, shares: Shares) -> None:
         self.source = source
         self.turn: Turn | None = None
         self._resumed: tuple[_Batches, int] | None = None
-        self.skipped: Callable[[], None] = lambda: None  # called for every batch that is left out
+        self.skipped: Callable[[], None] = lambda: None
+        self.is_joined: Callable[[DealtBatchSampler], bool] = lambda sampler: False
         self._exchange = exchange
         self._shares = shares
 
     def __iter__(self) -> Turn:
-        self.turn = Turn(self._draw, Dealing(self._shares), self._exchange.rank, self.skipped)
+        dealing = Dealing(self._shares, carries=not self.is_joined(self))
+        self.turn = Turn(self._draw, dealing, self._exchange.rank, self.skipped)
         return self.turn
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,18 +90,20 @@ class DealtBatchSampler(Sampler[Any]):
             batches, given = resumed
             return batches, iter(()), given
         if self._exchange.rank != 0:
-            failure, packed = self._exchange.broadcast(None)
+            failure, packed, moves = self._exchange.broadcast(None)
             if failure:
                 raise ProcessError(f"the batch sampler of process 0 failed with {failure}")
+            follow(moves)
             return _Batches(*packed), iter(()), 0
+        before = states()
         try:
             drawn = iter(self.source)
             # As many as there are to be: a sampler may go on for ever.
             packed = _pack(islice(drawn, len(self.source)))
         except Exception as error:
-            self._exchange.broadcast((f"{type(error).__name__}: {error}", None))
+            self._exchange.broadcast((f"{type(error).__name__}: {error}", None, ()))
             raise
-        self._exchange.broadcast(("", packed))
+        self._exchange.broadcast(("", packed, moves_since(before)))
         return _Batches(*packed), drawn, 0
 
 

@@ -6,7 +6,7 @@ The user's loader stays as it is, batch size included: what it gives to one proc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import new_class
@@ -25,7 +25,12 @@ _STATE = "lightning_hetero"
 
 
 def deal_loader(
-    loader: DataLoader[Any], exchange: Exchange, shares: Shares | Sequence[float], ledger: RowLedger, name: str
+    loader: DataLoader[Any],
+    exchange: Exchange,
+    shares: Shares | Sequence[float],
+    ledger: RowLedger,
+    name: str,
+    is_joined: Callable[[DealtBatchSampler], bool] | None = None,
 ) -> DataLoader[Any]:
     """A copy of a data loader that gives this rank's rows of every batch; all ranks have to call this, in one order.
 
@@ -39,6 +44,7 @@ def deal_loader(
         shares: How much each rank gets, in proportion to the others.
         ledger: Told of every batch.
         name: Of the loader, in messages.
+        is_joined: See `DealtBatchSampler`.
 
     Raises:
         UnsupportedError: It reads a stream, makes no batches, or goes on for ever.
@@ -49,6 +55,8 @@ def deal_loader(
     source = _users_batch_sampler(loader.batch_sampler)
     at_once = agree_on_loader(loader, source, exchange, shares, name)
     sampler = DealtBatchSampler(source, exchange, shares)
+    if is_joined is not None:
+        sampler.is_joined = is_joined
     dealt = copy.copy(loader)
     dealt.__class__ = _dealt_class(type(loader))
     # Not by setattr: a data loader refuses a new batch sampler.
@@ -69,6 +77,12 @@ def is_dealt_by_user(loader: Any) -> bool:
         isinstance(sampler, DistributedSampler) or (hasattr(sampler, "num_replicas") and hasattr(sampler, "rank"))
         for sampler in candidates
     )
+
+
+def is_one_of_several(sampler: DealtBatchSampler, loaders: Iterable[Any]) -> bool:
+    """Whether the sampler is that of one of these loaders, and there are others."""
+    found = [isinstance(loader, DealtLoader) and loader._deal.sampler is sampler for loader in loaders]
+    return len(found) > 1 and any(found)
 
 
 def handed_out(loader: DataLoader[Any]) -> int:
