@@ -50,7 +50,7 @@ class Balance:
             now_s = time.perf_counter() - team.waited_s
         self._steps += 1
         self._began_s = now_s
-        self._own = 0 if team.rows is None else team.rows.own
+        self._own = 0 if team.data.rows is None else team.data.rows.own
 
     def _look(self, loaders: list[DealtLoader]) -> None:
         costs = sorted(self._s_per_row)
@@ -58,7 +58,7 @@ class Balance:
         typical_s = costs[len(costs) // 4] if costs else 0.0
         ahead = max((handed_out(loader) for loader in loaders), default=0)
         said = self._team.group.gather((typical_s, ahead, len(loaders)))
-        shares = self._team.shares
+        shares = self._team.data.shares
         if any(count != 1 for _, _, count in said):  # several in one step have to change at the same one
             return
         new = rebalanced(shares.current, [seconds for seconds, _, _ in said])

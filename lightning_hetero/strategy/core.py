@@ -378,7 +378,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
             keep_state_beside_parameters(self.optimizers)
             if self._team is not None and self.model is not None:
                 module: Any = self.lightning_module
-                self._team.attach(self.model, is_manual=not module.automatic_optimization)
+                self._team.gradients.attach(self.model, is_manual=not module.automatic_optimization)
         self._reconciler = self._placed.reconciler()
         if self._reconciler is not None:
             activate(self._reconciler)
@@ -493,7 +493,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Put buffers that somebody replaced back to their devices; change the plan if the steps so far say so."""
         if self._team is not None:
-            self._team.training_begins(is_first=batch_idx == 0)
+            self._team.data.training_begins(is_first=batch_idx == 0)
             self._meet(self._team, batch)
         if self._placed is not None:
             self._placed.return_buffers()
@@ -576,7 +576,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         module: Any = self.lightning_module
         scaler = getattr(self.precision_plugin, "scaler", None)
         scale: float = scaler.get_scale() if scaler is not None else 1.0
-        weight = 1.0 if self._team is None else self._team.weight
+        weight = 1.0 if self._team is None else self._team.data.weight
         return weight * scale / float(module.trainer.accumulate_grad_batches)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -602,7 +602,7 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's closure, and the step."""
         if self._team is not None:
-            self._team.check_sums()
+            self._team.gradients.check_sums()
         with readable_out_of_memory():
             return super().optimizer_step(*args, **kwargs)
 

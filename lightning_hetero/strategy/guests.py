@@ -31,7 +31,7 @@ class OwnSamplers:
 
     def __init__(self, trainer: Any, team: Team) -> None:
         self._connector = accelerator_connector(trainer)
-        self._wish = team.deals = self._connector.use_distributed_sampler
+        self._wish = team.data.deals = self._connector.use_distributed_sampler
         self._connector.use_distributed_sampler = False
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class QuietSigterm:
 
 
 class TakesBatches:
-    """Shows each batch to the team before anything else does; see `Team.take`.
+    """Shows each batch to the team before anything else does; see `SharedData.take`.
 
     Args:
         plugin: The precision plugin, whose conversion of batches comes first.
@@ -82,7 +82,7 @@ class TakesBatches:
 
     def __init__(self, plugin: Any, team: Team) -> None:
         self._plugin = plugin
-        plugin.convert_input = partial(team.take, plugin.convert_input)
+        plugin.convert_input = partial(team.data.take, plugin.convert_input)
 
     def close(self) -> None:
         """Leave the plugin as it was."""
@@ -164,7 +164,7 @@ class MeansByRows:
         logged = logged_results(self._trainer)
         of_batch = logged is not None and logged.batch is not None
         if self._is_open and of_batch and weight is None and torch.as_tensor(value).dim() == 0:
-            weight = (1.0 if self._team is None else self._team.weight) * HERE.part_of_batch
+            weight = (1.0 if self._team is None else self._team.data.weight) * HERE.part_of_batch
         own(value, **({} if weight is None else {"weight": weight}))
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ class LogsByRows:
 
     def _log(self, results: Any, own: Callable[..., None], fx: str, name: str, value: Any, **options: Any) -> None:
         if options.get("batch_size") is None and fx.endswith("_epoch_end"):
-            options["batch_size"] = self._team.rows_had or None
+            options["batch_size"] = self._team.data.rows_had or None
         options["sync_dist_fn"] = NamedReduction(self._strategy, f"{fx}/{name}/{results.dataloader_idx}")
         with self._team.logging(of_batch=results.batch is not None):
             own(fx, name, value, **options)

@@ -156,7 +156,7 @@ class OneOfSeveralCore(_Base):
             )
         self._team = Team(address, self._shares, timeout_s, {"shares": list(self._shares), **facts})
         module: Any = self.lightning_module
-        self._team.training_loaders = partial(train_loaders, module.trainer)
+        self._team.data.training_loaders = partial(train_loaders, module.trainer)
         self._guests = (OwnSamplers(module.trainer, self._team),)  # a hook `setup` may ask for the data already
 
     def _begin_together(self, team: Team, trainer: Any, model: nn.Module, devices: Sequence[torch.device]) -> None:
@@ -181,7 +181,7 @@ class OneOfSeveralCore(_Base):
             LogsByRows(trainer, self, team),
         )
         self._sigterm = QuietSigterm(trainer, team)
-        self._balance = None if self._shares or not team.deals else Balance(team)
+        self._balance = None if self._shares or not team.data.deals else Balance(team)
 
     def _dismiss_guests(self) -> None:
         """Leave Lightning's objects as they were."""
@@ -203,8 +203,8 @@ class OneOfSeveralCore(_Base):
         team.release_norms()
         if self._sigterm is not None:
             self._sigterm.agree()
-        if team.rows is None:
-            team.count(self.host.extract_batch_size(batch))
+        if team.data.rows is None:
+            team.data.count(self.host.extract_batch_size(batch))
         if self._balance is not None:
             module: Any = self.lightning_module
             self._balance.step_begins(train_loaders(module.trainer))
@@ -216,7 +216,7 @@ class OneOfSeveralCore(_Base):
     def on_validation_end(self) -> None:
         """It is over, and training may go on."""
         if self._team is not None:
-            self._team.end_loop()
+            self._team.data.end_loop()
 
     def on_test_start(self) -> None:
         """A pass over test data begins."""
@@ -228,7 +228,7 @@ class OneOfSeveralCore(_Base):
 
     def _begin_loop(self, name: str) -> None:
         if self._team is not None:
-            self._team.begin_loop(name)
+            self._team.data.begin_loop(name)
 
     @contextmanager
     def _training_together(self, team: Team, *, in_parts: bool) -> Iterator[bool]:
@@ -246,13 +246,13 @@ class OneOfSeveralCore(_Base):
             team.check_manual(self.optimizers)
         else:
             if in_parts:  # the backward of each part runs within the step
-                team.hold_sums()
+                team.gradients.hold_sums()
             if not accumulates(module.trainer):
-                team.before_step()
+                team.gradients.before_step()
         if in_parts:
             team.check_in_parts()
         with team.step(keeps_norms=module.automatic_optimization):
-            yield team.is_idle
+            yield team.data.is_idle
         team.settle()
 
     @contextmanager
@@ -262,24 +262,24 @@ class OneOfSeveralCore(_Base):
             yield False
             return
         with self._team.step():
-            yield self._team.is_idle
+            yield self._team.data.is_idle
 
     def _weighted_backward(self, team: Team, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """As Lightning's, with sums of gradients before hooks see them."""
         module: Any = self.lightning_module
         automatic = module.automatic_optimization
-        team.hold_sums()
+        team.gradients.hold_sums()
         if not automatic:
-            team.before_step()
+            team.gradients.before_step()
         plugin = self.precision_plugin
         self.pre_backward(loss)
-        loss = plugin.pre_backward(loss, module) * team.weight  # after it: hooks see the loss of the step
-        with team.backward():
+        loss = plugin.pre_backward(loss, module) * team.data.weight  # after it: hooks see the loss of the step
+        with team.gradients.backward():
             plugin.backward(loss, module, *args, **kwargs)
         if automatic:
             team.release_norms()
         if not automatic or not accumulates(module.trainer):
-            team.sum_gradients()
+            team.gradients.sum_gradients()
         loss = plugin.post_backward(loss, module)
         self.post_backward(loss)
         return loss
@@ -341,7 +341,7 @@ class OneOfSeveralCore(_Base):
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """The data loader of this process, which yields its rows of every batch."""
-        return dataloader if self._team is None else self._team.dealt(dataloader)
+        return dataloader if self._team is None else self._team.data.dealt(dataloader)
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other processes, so that they end as well."""
