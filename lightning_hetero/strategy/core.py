@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,22 +18,13 @@ import torch
 
 from lightning_hetero.errors import CheckpointError, UnsupportedError, UsageError
 from lightning_hetero.placement import Constraints
-from lightning_hetero.plan import Plan
 from lightning_hetero.plan.forecast import FORWARD, WHOLE
-from lightning_hetero.profile import ModelProfile
 from lightning_hetero.runtime import frames
-from lightning_hetero.runtime.engine.record import Recording
-from lightning_hetero.runtime.engine.stepper import AroundFirst, Stepper, look_away
-from lightning_hetero.runtime.modes import activate, deactivate
-from lightning_hetero.runtime.placed import PlacedModel
-from lightning_hetero.runtime.reconcile import DeviceReconciler
-from lightning_hetero.schedule import get_schedule
+from lightning_hetero.runtime.engine.stepper import AroundFirst, look_away
 from lightning_hetero.strategy._compat import Host
 from lightning_hetero.strategy.arguments import known_arguments_only
 from lightning_hetero.strategy.averaging import warn_of_copies
-from lightning_hetero.strategy.busy import BusyTable, busy_table
 from lightning_hetero.strategy.first_steps import (
-    MEASURE_AND_PLAN_S,
     PROFILE,
     FirstSteps,
     can_gain,
@@ -43,29 +34,21 @@ from lightning_hetero.strategy.first_steps import (
 from lightning_hetero.strategy.guests import MeansByRows
 from lightning_hetero.strategy.memory import readable_out_of_memory
 from lightning_hetero.strategy.mocks import Replaceable, replaced
-from lightning_hetero.strategy.online import REPLAN, Online
+from lightning_hetero.strategy.online import REPLAN
 from lightning_hetero.strategy.optimizers import (
-    check_optimizers,
-    exchange_parameters,
-    keep_state_beside_parameters,
     state_factor,
 )
 from lightning_hetero.strategy.options import one_of, schedule_for, shares_of_processes
-from lightning_hetero.strategy.planning import Planning
-from lightning_hetero.strategy.precision import use_devices
-from lightning_hetero.strategy.report import print_plan, save_plan
-from lightning_hetero.strategy.resume import ResumingCore
+from lightning_hetero.strategy.placing import PlacingCore
 from lightning_hetero.strategy.sights import Sights
-from lightning_hetero.strategy.spreading import DevicesArgument, PlacementArgument, SpreadingCore
-from lightning_hetero.strategy.steps import RECORDED, merged_output, replay
-from lightning_hetero.strategy.trial import in_effect
-from lightning_hetero.strategy.watch import Watch
+from lightning_hetero.strategy.spreading import DevicesArgument, PlacementArgument
+from lightning_hetero.strategy.steps import merged_output, replay
 from lightning_hetero.strategy.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
-class HeteroStrategyCore(ResumingCore, SpreadingCore):
+class HeteroStrategyCore(PlacingCore):
     """Trains a model whose parts stand on several devices of one machine, in one process or in several.
 
     If a launcher such as torchrun started several processes, each drives devices of its own, and they share the rows of
@@ -192,15 +175,6 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         self._shares = shares_of_processes(shares)
         self._profile = one_of("profile", profile, PROFILE)
         self._replan = one_of("replan", replan, REPLAN)
-        self._watch: Watch | None = None  # of steps, which may change the plan between them
-        self._watchdog: Watchdog | None = None  # over the first steps, which do not run as the plan has them
-        self._measured: tuple[Planning, ModelProfile] | None = None
-        self._stepper: Stepper | None = None
-        self._plan: Plan | None = None
-        self._shown: object = None  # what was printed last
-        self._log_dir: str | None = None
-        self._placed: PlacedModel | None = None
-        self._reconciler: DeviceReconciler | None = None
         self._sights: Sights | None = None
 
     # What Lightning's connector sets
@@ -236,42 +210,6 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
                 f"this HeteroStrategy has placed the {type(self.model).__name__} of a run that is still going on. Make "
                 "a HeteroStrategy for each Trainer that runs at the same time, or write strategy='hetero'."
             )
-
-    # What users may ask
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of the latest run; None before the first."""
-        return self._plan
-
-    @contextmanager
-    def recording(self) -> Iterator[Recording]:
-        """Within the block, note which device does what, and when; see `PlacedModel.recording`.
-
-        Raises:
-            UsageError: No run is going on, or nothing of it runs in micro-batches.
-        """
-        if self._placed is None:
-            raise UsageError("no run is going on, so there is nothing to record; call it from a hook of the run")
-        with self._placed.recording() as recording:
-            yield recording
-
-    def forecast_against_measured(self, recording: Recording, steps: int = 1) -> BusyTable:
-        """Seconds that each device was predicted to work on its units in a step, and those that it took.
-
-        Args:
-            recording: From `recording()`, after its block.
-            steps: How many steps it saw.
-
-        Raises:
-            UsageError: The model was not measured in this run.
-        """
-        if self._measured is None or self._plan is None:
-            raise UsageError(
-                "the model was not measured in this run, so nothing was predicted; set profile='always', and ask after "
-                "the first steps"
-            )
-        return busy_table(*self._measured, self._plan, recording.timeline, steps)
 
     def _moment(self) -> tuple[int, int]:
         """Epoch and step: user code may do something else from some epoch on."""
@@ -367,46 +305,6 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
         self._sights = Sights(trainer, self)
         self._show(trainer)
 
-    def _check(self) -> None:
-        """Refuse what cannot work over the devices of the plan."""
-        check_optimizers(self.optimizers, alone=self._team is None)
-
-    def _begin(self, fitting: bool) -> None:
-        """What a placed model needs before it runs."""
-        assert self._placed is not None
-        if fitting:
-            keep_state_beside_parameters(self.optimizers)
-            if self._team is not None and self.model is not None:
-                module: Any = self.lightning_module
-                self._team.gradients.attach(self.model, is_manual=not module.automatic_optimization)
-        self._reconciler = self._placed.reconciler()
-        if self._reconciler is not None:
-            activate(self._reconciler)
-        self._stepper = self._make_stepper() if fitting else None
-
-    def _change(self, plan: Plan, trainer: Any) -> None:
-        """Go over to another plan at the border between two steps.
-
-        Raises:
-            UnsupportedError: A callback or optimizer cannot work over its devices; the plan is in effect all the same.
-        """
-        before = self._placed
-        self._place(plan)
-        if self._placed is not before:
-            self._begin(fitting=True)
-        self._check()
-
-    def _make_stepper(self) -> Stepper | None:
-        """What runs training steps in micro-batches; None if they run once on the whole batch."""
-        placed = self._placed
-        if placed is None or placed.engine is None or placed.plan.execution.schedule in (WHOLE, FORWARD):
-            return None
-        module = self.lightning_module
-        if module is None or self.model is not module or not module.automatic_optimization:
-            return None
-        schedule = get_schedule(placed.plan.execution.schedule)
-        return Stepper(placed.engine, module, "training_step", schedule, RECORDED, placed.layout.metrics)
-
     def model_to_device(self) -> None:
         """Place the model for inference, as Lightning's base class would move it."""
         self._place(self._planning(fitting=False).before_optimizers())
@@ -440,54 +338,6 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
                 if part is not None:
                     part.teardown()
 
-    def _planning(self, fitting: bool) -> Planning:
-        assert self.model is not None
-        assert self._inventory is not None
-        self._release(None)
-        return self._planning_of(self.model, self._inventory, training=fitting)
-
-    def _place(self, plan: Plan) -> None:
-        """Put a plan into effect, or go over from another one to it."""
-        assert self.model is not None
-        plan = self._completed(plan)
-        if self._team is not None and (note := self._team.note(training=plan.training)) not in plan.notes:
-            plan = replace(plan, notes=(*plan.notes, note))
-        previous, self._plan = self._plan, plan
-        if self._placed is not None and previous is not None and in_effect(previous) == in_effect(plan):
-            return
-        self._release(None)
-        self._placed = self._to_place(self.model, plan)
-        use_devices(self._precision_plugin, map(torch.device, plan.torch_devices), self.host.mixed_precision)
-        self._placed.place()
-        exchange_parameters(self.optimizers, self._placed.replaced)
-        self.host.update_properties(self.model, device=self.root_device)
-
-    def _release(self, device: torch.device | None) -> None:
-        """Undo `_place`; the tensors stay where they are unless a device is given."""
-        stepper, self._stepper = self._stepper, None
-        if stepper is not None:
-            stepper.close()
-        reconciler, self._reconciler = self._reconciler, None
-        if reconciler is not None:
-            deactivate(reconciler)
-        placed, self._placed = self._placed, None
-        if placed is not None:
-            exchange_parameters(self.optimizers, placed.release(device))
-
-    def _show(self, trainer: Any) -> None:
-        plan = self._plan
-        assert plan is not None
-        if trainer.fast_dev_run:
-            return
-        shown, self._shown = self._shown, in_effect(plan)
-        if self._verbose and shown != self._shown:
-            if len(plan.used) > 1:
-                print_plan(plan)
-            else:
-                log.info("%s", " ".join(plan.notes))
-        if self._log_dir is not None and self.is_global_zero:
-            save_plan(plan, Path(self._log_dir))
-
     # During a run
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -499,43 +349,6 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
             self._placed.return_buffers()
         if self._watch is not None:
             self._go_on(self._watch)
-
-    def _guarded(self, doing: str, more_s: float = 0.0) -> AbstractContextManager[None]:
-        """Within the block, what hangs in the first steps is noticed."""
-        return nullcontext() if self._watchdog is None else self._watchdog.over(doing, more_s)
-
-    def _dismiss_watchdog(self) -> None:
-        watchdog, self._watchdog = self._watchdog, None
-        if watchdog is not None:
-            watchdog.close()
-
-    def _go_on(self, watch: Watch) -> None:
-        """What the steps so far have to say before the next one."""
-        module: Any = self.lightning_module
-        with self._guarded("measuring and planning after the first steps", MEASURE_AND_PLAN_S):
-            plan = new = watch.border(module if self.model is None else self.model)
-        while plan is not None:
-            try:
-                self._change(plan, module.trainer)
-                break
-            except UnsupportedError as error:
-                plan = watch.refused(error)
-        if new is not None and watch.is_settled:
-            self._show(module.trainer)
-        if watch.is_over:
-            self._dismiss_watchdog()
-            self._watch = self._after(watch, module.trainer)
-
-    def _after(self, watch: Watch, trainer: Any) -> Watch | None:
-        """What goes on watching when one is through."""
-        if not isinstance(watch, FirstSteps) or watch.profile is None:
-            return None
-        self._measured = (watch.planning, watch.profile)
-        assert self._plan is not None
-        if self._replan == "never" or not watch.planning.is_by_time or self._plan.shares_of:
-            return None
-        left = partial(steps_left, trainer)
-        return Online(watch.planning, watch.profile, self._plan, steps_left=left, recording=self.recording)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step, on the rows of this process."""
@@ -615,16 +428,5 @@ class HeteroStrategyCore(ResumingCore, SpreadingCore):
             return replaced(HeteroStrategyCore, self, "backward", self.host.backward)(closure_loss, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        of_a_run = (
-            "_placed",
-            "_reconciler",
-            "_stepper",
-            "_watch",
-            "_watchdog",
-            "_sights",
-            "_measured",
-            "_team",
-            "_sigterm",
-            "_balance",
-        )
+        of_a_run = ("_sights", "_team", "_sigterm", "_balance")
         return {**super().__getstate__(), **dict.fromkeys(of_a_run), "_guests": ()}
