@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from lightning_hetero.devices.origins import check_numbers, check_origin
+from lightning_hetero.devices.origins import check_numbers
 from lightning_hetero.errors import InventoryError
 from lightning_hetero.units import parse_bytes
 
@@ -95,7 +95,11 @@ class Link:
     measured: str = ""
 
     def __post_init__(self) -> None:
-        check_origin(f"link {self.source!r} to {self.target!r}", self.measured)
+        what = f"link {self.source!r} to {self.target!r}"
+        rates = {name: getattr(self, name) for name in ("bandwidth_bytes_per_s", "pinned_bandwidth_bytes_per_s")}
+        check_numbers(what, rates, self.measured)
+        if self.latency_s is not None and not 0 <= self.latency_s < float("inf"):
+            raise InventoryError(f"{what}: latency_s must be a finite number >= 0, got {self.latency_s}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +225,9 @@ def _device(data: Mapping[str, Any]) -> DeviceSpec:
         rates = tuple((str(dtype), rate) for dtype, rate in data.get("flops_per_s", ()))
     except ValueError as error:
         raise InventoryError(f"flops_per_s must be pairs of a dtype and a rate: {error}") from error
+    for key in ("name", "kind"):
+        if key in data and not isinstance(data[key], str):
+            raise InventoryError(f"the {key} of a device must be a text, got {data[key]!r}")
     device: DeviceSpec = _record(DeviceSpec, data, dtypes=tuple(data.get("dtypes", ())), flops_per_s=rates)
     return device
 

@@ -100,7 +100,8 @@ def _unmeasured(problem: Problem) -> Placement:
     able = [name for name in room if all(name in piece.devices for piece in free) and need <= room[name]]
     if not able or min(room.values()) < 0:
         spread = MemoryFirstPolicy().place(problem)
-        note = "The model fits on no single device, so it is spread by memory."
+        allowed = "" if all(len(piece.devices) == len(room) for piece in pieces) else " that the constraints allow"
+        note = f"The model fits on no single device{allowed}, so it is spread by memory."
         return Placement(device_of=spread.device_of, notes=(note, *spread.notes))
     homes = tuple(bound.get(spot, able[0]) for spot in range(len(pieces)))
     if bound:

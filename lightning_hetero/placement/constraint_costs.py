@@ -27,6 +27,8 @@ def constraint_costs(judge: Judge, best: Priced) -> Iterator[str]:
         best: The choice.
     """
     problem = judge.problem
+    # The choice may be a single device, although more of them would save a little: no rule has to do with that.
+    bound = min((priced.value for priced in judge.priced() if priced.fits), default=best.value)
     for name, without in _WITHOUT.items():
         if not getattr(problem.constraints, name):
             continue
@@ -38,8 +40,8 @@ def constraint_costs(judge: Judge, best: Priced) -> Iterator[str]:
         except PlacementError:  # the other rules make no sense without this one
             continue
         value = best_of(priced for priced in (found.best, found.home) if priced is not None).value
-        if value < best.value * (1 - 5e-4):
-            share = 100 * (best.value / value - 1) if value > 0 else float("inf")
+        if value < bound * (1 - 5e-4):
+            share = 100 * (bound / value - 1) if value > 0 else float("inf")
             yield f"The rule {name!r} costs +{share:.3g} %: so much better is the best plan that was found without it."
         else:
             yield f"The rule {name!r} costs nothing: no better plan was found without it."

@@ -40,7 +40,10 @@ def explain_choice(
     home = best_of(singles.values()) if singles else None
     notes = [_verdict(judge, best, winner, least_gain)]
     if len(best.devices) > 1 and (home is None or not home.fits):
-        notes.append("The model fits on no single device." if home else "Constraints forbid any single device.")
+        allowed = "" if len(singles) == len(judge.names) else " that the constraints allow"
+        notes.append(
+            f"The model fits on no single device{allowed}." if home else "Constraints forbid any single device."
+        )
     elif len(best.devices) > 1 and home is not None:
         saved = 1 - best.value / home.value
         notes.append(f"It saves {_percent(saved)} against everything on {home.homes[0]}, the best single device.")
@@ -83,9 +86,8 @@ def _idle(judge: Judge, best: Priced, name: str, least_gain: float) -> str:
         return f"{name} stays idle: no plan with it was found that fits."
     change = min(priced.value for priced in fitting) / best.value - 1 if best.value > 0 else 0.0
     if change < 0:
-        return (
-            f"{name} stays idle: using it would save {_percent(-change)}, less than the {_percent(least_gain)} asked."
-        )
+        saved, asked = _unlike(-change, least_gain)
+        return f"{name} stays idle: using it would save {saved}, less than the {asked} asked."
     return f"{name} stays idle: using it would cost +{_percent(change)} (best of {len(fitting)} plans with it)."
 
 
@@ -98,8 +100,16 @@ def _reason(priced: Priced, best: Priced, least_gain: float) -> str:
         )
     change = priced.value / best.value - 1 if best.value > 0 else 0.0
     if change < 0:
-        return f"saves {_percent(-change)}, less than the {_percent(least_gain)} that more devices have to save"
+        saved, asked = _unlike(-change, least_gain)
+        return f"saves {saved}, less than the {asked} that more devices have to save"
     return "no better" if change < 5e-4 else f"+{_percent(change)}"
+
+
+def _unlike(share: float, other: float) -> tuple[str, str]:
+    """Two shares in words that differ, as the shares do."""
+    if _percent(share) != _percent(other):
+        return _percent(share), _percent(other)
+    return f"{100 * share:.3g} %" if f"{share:.3g}" != f"{other:.3g}" else "slightly less", _percent(other)
 
 
 def _percent(share: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import isfinite
 
 from lightning_hetero.errors import InfeasiblePlanError, PlacementError
 from lightning_hetero.graph.model import ModelGraph
@@ -132,12 +133,14 @@ def _check_shares(plan: Plan) -> None:
                 f"the replicas of {_listing(stage.units)} have to be on different devices, that of its parameters "
                 f"({stage.device!r}) first; got {names}."
             )
+        got = ", ".join(f"{share.device}: {share.share:g}" for share in stage.shares)
         if not all(share.share > 0 for share in stage.shares):
-            got = ", ".join(f"{share.device}: {share.share:g}" for share in stage.shares)
             raise PlacementError(
                 f"every replica of {_listing(stage.units)} needs a share above 0, got {got}. Leave out who gets "
                 "nothing."
             )
+        if not isfinite(sum(share.share for share in stage.shares)):
+            raise PlacementError(f"the shares of the replicas of {_listing(stage.units)} have no finite sum: {got}.")
         unable = [name for name in names if name not in inventory or not inventory[name].trainable]
         if plan.training and unable:
             raise PlacementError(

@@ -159,4 +159,4 @@ def _share(part: float, whole: float) -> str:
 
 
 def _memory(need_bytes: int, capacity_bytes: int) -> tuple[str, str, str]:
-    return format_bytes(need_bytes), format_bytes(capacity_bytes), f"{100 * need_bytes / capacity_bytes:.0f} %"
+    return format_bytes(need_bytes), format_bytes(capacity_bytes), _share(need_bytes, capacity_bytes)

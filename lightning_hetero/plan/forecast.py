@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from lightning_hetero.errors import ScheduleError
 
 WHOLE = "whole"
 FORWARD = "forward"
+MOST_MICRO_BATCHES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,11 @@ class Execution:
     def __post_init__(self) -> None:
         if self.micro_batches < 1:
             raise ScheduleError(f"a step has at least 1 micro-batch, got {self.micro_batches}")
+        if self.micro_batches > MOST_MICRO_BATCHES:
+            raise ScheduleError(
+                f"a step has at most {MOST_MICRO_BATCHES} micro-batches, got {self.micro_batches}: each costs time of "
+                "its own, and a few for each device are enough"
+            )
         if self.schedule == WHOLE and self.micro_batches > 1:
             raise ScheduleError(
                 f"schedule 'whole' runs a batch in one piece, so it has 1 micro-batch and not {self.micro_batches}; "
@@ -50,6 +57,8 @@ class Execution:
                 f"weights are shares of the rows, one above 0 for each of the {self.micro_batches} micro-batches, got "
                 f"{self.weights}"
             )
+        if not math.isfinite(sum(self.weights)):
+            raise ScheduleError(f"weights are shares of the rows and need a finite sum, got {self.weights}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

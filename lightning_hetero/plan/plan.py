@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -200,7 +201,7 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanFileError(f"the plan is not valid JSON ({error}); it was cut short or edited") from error
         return cls.from_dict(data)
 
@@ -231,13 +232,19 @@ def _plan(cls: type[Plan], data: Mapping[str, Any]) -> Plan:
         raise PlanFileError(f"the plan has an unknown field {extra[0]!r}; it was edited or is damaged")
     try:
         plan = read_record(cls, record, optional=LATER_FIELDS, readers={"devices": _devices})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise PlanFileError(f"the plan is damaged: {type(error).__name__}: {error}") from error
     known = {device.name for device in plan.devices}
     named = [name for stage in plan.stages for name in (stage.device, *(share.device for share in stage.shares))]
     strange = next((name for name in named if name not in known), None)
     if strange is not None:
         raise PlanFileError(f"the plan is damaged: a stage stands on {strange!r}, which is not among its devices")
+    if not all(stage.units for stage in plan.stages):
+        raise PlanFileError("the plan is damaged: a stage has no units")
+    units = Counter(unit for stage in plan.stages for unit in stage.units)
+    twice = next((unit for unit, times in units.items() if times > 1), None)
+    if twice is not None:
+        raise PlanFileError(f"the plan is damaged: {twice!r} stands in more than one stage")
     return plan
 
 

@@ -34,8 +34,8 @@ def read_record(
     """Make a dataclass of a mapping.
 
     Args:
-        cls: The class. Its fields are texts, whole numbers from 0, finite numbers from 0, true or false, other such
-            classes, tuples of any length of one of these, or any of these or None.
+        cls: The class. Its fields are texts, whole numbers from 0 below 2^63, finite numbers from 0, true or false,
+            other such classes, tuples of any length of one of these, or any of these or None.
         data: What JSON had.
         optional: Fields that may be missing, and have their defaults then.
         readers: How fields are read of which the class does not say it all, by name.
@@ -64,9 +64,11 @@ def _read(kind: Any, value: object) -> Any:
         return value
     if kind is bool and isinstance(value, bool):
         return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if kind is int and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOO_LARGE:
         return value
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+    if kind is float and isinstance(value, float) and 0 <= value < math.inf:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOO_LARGE:
         return float(value)
     if is_dataclass(kind) and isinstance(kind, type):
         return read_record(kind, value, optional=getattr(kind, "LATER_FIELDS", ()))
@@ -75,12 +77,18 @@ def _read(kind: Any, value: object) -> Any:
         return None if value is None else _read(some, value)
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(_read(get_args(kind)[0], item) for item in value)
-    raise TypeError(f"expected {_WORDS.get(kind, 'a list')}, got {value!r}")
+    raise TypeError(f"expected {_WORDS.get(kind, 'a list')}, got {_shortened(repr(value))}")
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+
+
+_TOO_LARGE = 2**63  # for bytes and parameters of anything, and for torch
+_MOST_CHARACTERS = 80
 _WORDS: dict[Any, str] = {
     str: "a text",
     bool: "true or false",
-    int: "a whole number >= 0",
+    int: "a whole number >= 0 below 2^63",
     float: "a finite number >= 0",
 }

@@ -13,6 +13,7 @@ from lightning_hetero.devices import Inventory, resolve_devices
 from lightning_hetero.devices.split import devices_of_process
 from lightning_hetero.errors import InventoryError, PlacementError, UsageError
 from lightning_hetero.placement import Constraints, ManualPolicy, PlacementPolicy, get_policy
+from lightning_hetero.plan.forecast import MOST_MICRO_BATCHES
 from lightning_hetero.schedule import Schedule, get_schedule
 
 DEVICES_VARIABLE = "HETERO_DEVICES"
@@ -116,7 +117,7 @@ def number_of_micro_batches(given: int | None) -> int | None:
         given: The strategy's argument; None for the environment variable HETERO_MICRO_BATCHES.
 
     Raises:
-        UsageError: It is not a whole number from 1 on.
+        UsageError: It is not a whole number from 1 on, or far too large.
     """
     value: Any = given
     if given is None:
@@ -125,9 +126,12 @@ def number_of_micro_batches(given: int | None) -> int | None:
             return None
         if value.strip().isdigit():
             value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_MICRO_BATCHES:
         source = "micro_batches" if given is not None else MICRO_BATCHES_VARIABLE
-        raise UsageError(f"{source}={value!r} must be a whole number from 1 on: the number of parts of a batch")
+        raise UsageError(
+            f"{source}={value!r} must be a whole number from 1 on, at most {MOST_MICRO_BATCHES}: the number of parts "
+            "of a batch"
+        )
     return value
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from lightning_hetero.plan import Plan, check_plan
 from lightning_hetero.plan.forecast import FORWARD, WHOLE
 from lightning_hetero.profile import ModelProfile
 from lightning_hetero.strategy.optimizers import ADAM_FACTOR
+from lightning_hetero.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +223,8 @@ class FromFilePolicy:
                 f"the plan was made for another model: {strange[0]!r} is a unit of one of the two only "
                 f"({len(strange)} such units). Make the plan again, or leave out plan=."
             )
+        if self.saved.model != problem.graph.fingerprint:
+            self._check_sizes(problem.graph)
         absent = sorted({device.name for device in self.saved.used} - set(problem.inventory.names))
         if absent:
             raise PlacementError(
@@ -230,9 +236,36 @@ class FromFilePolicy:
             device_of=device_of,
             shares_of=self.saved.shares_of,
             checkpointed=self.saved.checkpointed,
-            notes=("The placement was read from a plan file.",),
+            notes=("The placement was read from a plan file.", *self._too_small(problem)),
             execution=execution,
         )
+
+    def _check_sizes(self, graph: ModelGraph) -> None:
+        """Refuse a model with the same names of units and other parameters; another dtype is none."""
+        for stage in self.saved.stages:
+            here = sum(graph[name].parameters for name in stage.units)
+            if here != stage.parameters:
+                raise PlacementError(
+                    f"the plan was made for another model: its stage with {stage.units[0]!r} has {stage.parameters} "
+                    f"parameters there and {here} here. Make the plan again, or leave out plan=."
+                )
+
+    def _too_small(self, problem: Problem) -> Iterator[str]:
+        """What was predicted when the plan was made, and is more than devices of this machine may give."""
+        if self.saved.forecast is None or problem.profile is not None:
+            return
+        for device in self.saved.forecast.devices:
+            if device.device not in problem.inventory:
+                continue
+            limit_bytes = problem.inventory[device.device].memory_bytes
+            if limit_bytes < device.memory_bytes:
+                note = (
+                    f"When the plan was made, it was predicted to need {format_bytes(device.memory_bytes)} on "
+                    f"{device.device}, which has {format_bytes(limit_bytes)} here. Make the plan again if it "
+                    "does not fit."
+                )
+                log.warning("%s", note)
+                yield note
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,9 @@ def inventories(draw: st.DrawFn) -> Inventory:
         source=ends,
         target=ends,
         peer_access=st.booleans(),
-        bandwidth_bytes_per_s=st.none() | numbers,
+        bandwidth_bytes_per_s=st.none() | rates,
         latency_s=st.none() | numbers,
-        pinned_bandwidth_bytes_per_s=st.none() | numbers,
+        pinned_bandwidth_bytes_per_s=st.none() | rates,
         measured=origins,
     )
     nodes = st.builds(
@@ -255,3 +255,19 @@ def test_a_file_of_another_type_is_refused_for_reading_and_writing(machine: Inve
         resolve_devices(Path("devices.txt"), discovered=machine)
     with pytest.raises(InventoryError, match=refusal):
         save_inventory(machine, tmp_path / "devices.txt")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "refusal"),
+    [
+        ({"bandwidth_bytes_per_s": 0}, "bandwidth_bytes_per_s must be a finite number > 0, got 0"),
+        ({"bandwidth_bytes_per_s": float("nan")}, "bandwidth_bytes_per_s must be a finite number > 0, got nan"),
+        ({"pinned_bandwidth_bytes_per_s": -1.0}, "pinned_bandwidth_bytes_per_s must be a finite number > 0, got -1.0"),
+        ({"latency_s": -1e-6}, "latency_s must be a finite number >= 0, got -1e-06"),
+        ({"latency_s": float("inf")}, "latency_s must be a finite number >= 0, got inf"),
+    ],
+    ids=str,
+)
+def test_a_link_that_cannot_be_is_refused(numbers: dict[str, float], refusal: str) -> None:
+    with pytest.raises(InventoryError, match=f"link 'a' to 'b': {refusal}"):
+        Link(source="a", target="b", **numbers)

@@ -251,6 +251,23 @@ def test_auto_says_what_each_rule_costs(measured: Measured) -> None:
     assert not any("'pins'" in note or "'trusted'" in note for note in notes)
 
 
+def test_a_rule_that_costs_nothing_is_not_blamed_for_what_is_too_little_to_gain(measured: Measured) -> None:
+    """Two devices save less than `auto` asks for, with the rules and without them."""
+    rules = Constraints(pins={"u.0": "dev:0"}, together=(("u.0",),))
+    low_s, high_s = 0.0, 4e-3
+    for _ in range(12):  # the latency from which on one device is chosen
+        latency_s = (low_s + high_s) / 2
+        spread = len(plan_of("auto", measured([0.002] * 4, [1.0, 1.0], latency_s=latency_s)).used) > 1
+        low_s, high_s = (latency_s, high_s) if spread else (low_s, latency_s)
+    notes = plan_of("auto", measured([0.002] * 4, [1.0, 1.0], latency_s=high_s, constraints=rules)).notes
+    for rule in ("pins", "together"):
+        assert f"The rule '{rule}' costs nothing: no better plan was found without it." in notes
+    (saved,) = [note for note in notes if note.startswith("dev:1 stays idle: using it would save")]
+    words = saved.removeprefix("dev:1 stays idle: using it would save ").removesuffix(" asked.")
+    less, asked = words.split(", less than the ")
+    assert less != asked
+
+
 def test_a_rule_whose_price_nobody_has_time_for_has_none(measured: Measured) -> None:
     problem = measured([0.002] * 6, [1.0, 1.0], constraints=Constraints(forbidden=("dev:1",)), out_of_time=lambda: True)
     assert not any(note.startswith("The rule") for note in plan_of("auto", problem).notes)

@@ -92,7 +92,7 @@ def test_plans_of_earlier_releases_are_read() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("seed", "3", "damaged: TypeError: expected a whole number >= 0, got '3'"),
+        ("seed", "3", r"damaged: TypeError: expected a whole number >= 0 below 2\^63, got '3'"),
         ("proof", 1, "damaged: TypeError: expected a text, got 1"),
         ("training", "no", "damaged: TypeError: expected true or false, got 'no'"),
         ("alternatives", {}, "damaged: TypeError: expected a list, got {}"),

@@ -55,6 +55,9 @@ def test_a_plan_survives_json(devices: list[str], training: bool, factor: float)
 PLAN = plan_of(graph_of(2, 2, 2), inventory_of("a", "b"), "a", "b")
 
 
+STAGES, DEVICES, EXECUTION = (PLAN.to_dict()[name] for name in ("stages", "devices", "execution"))
+
+
 def changed(**fields: Any) -> str:
     return json.dumps({**PLAN.to_dict(), **fields})
 
@@ -73,6 +76,17 @@ def changed(**fields: Any) -> str:
         (changed(stages=[{"device": 1, "units": [], "parameters": 0, "need": {}}]), r"damaged: TypeError"),
         (changed(devices=[{"name": "a"}]), r"the plan is damaged"),
         (json.dumps({k: v for k, v in PLAN.to_dict().items() if k != "notes"}), r"damaged: KeyError: 'notes'"),
+        (changed(stages=[*STAGES, {**STAGES[0], "device": "b"}]), r"the plan is damaged: '0' stands in more than one"),
+        (changed(stages=[*STAGES, {**STAGES[0], "units": []}]), r"the plan is damaged: a stage has no units"),
+        (changed(seed=10**400), r"damaged: TypeError: expected a whole number >= 0 below 2\^63, got 1000"),
+        (changed(optimizer_factor=10**400), r"damaged: TypeError: expected a finite number >= 0, got 1000"),
+        (changed(devices=[{**DEVICES[0], "name": True}]), r"the name of a device must be a text, got True"),
+        (changed(execution={**EXECUTION, "micro_batches": 10**6}), r"at most 4096 micro-batches, got 1000000: each"),
+        (
+            changed(execution={**EXECUTION, "micro_batches": 2, "schedule": "forward", "weights": [1e308, 1e308]}),
+            r"weights are shares of the rows and need a finite sum, got \(1e\+308",
+        ),
+        ("[" * 100_000, r"the plan is not valid JSON"),
     ],
 )
 def test_a_damaged_foreign_or_newer_plan_is_refused_with_the_reason(text: str, message: str) -> None:

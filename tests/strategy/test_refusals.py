@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from lightning_hetero.errors import (
     UnsupportedError,
     UsageError,
 )
+from lightning_hetero.plan import Plan
+from lightning_hetero.plan.forecast import DeviceForecast, Forecast
 from lightning_hetero.strategy.lightning_pytorch import HeteroStrategy
 from lightning_hetero.testing.accelerator import EmulatedAccelerator
 from lightning_hetero.testing.lightning_module import Classifier, data, difference
@@ -152,6 +155,29 @@ def test_a_plan_of_another_model_or_other_devices(hetero: Any, tmp_path: Path) -
         hetero(strategy={"plan": path}).fit(Classifier("recurrent"), data("recurrent"))
     with pytest.raises(PlacementError, match=r"the plan uses .*, which this run does not have: cpu"):
         hetero(devices="cpu", strategy={"plan": path}).fit(Classifier(), data())
+
+    wider = Classifier()
+    first = next(module for module in wider.net.modules() if isinstance(module, nn.Linear))
+    first.weight = nn.Parameter(torch.cat([first.weight, first.weight]))
+    with pytest.raises(PlacementError, match=r"made for another model: its stage with 'net\.\w+' has \d+ parameters"):
+        hetero(strategy={"plan": path}).fit(wider, data())
+
+
+def test_a_plan_that_was_predicted_to_need_more_than_there_is_here_says_so(
+    hetero: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = hetero(max_epochs=1)
+    trainer.fit(Classifier(), data())
+    plan: Plan = trainer.strategy.plan
+    name = plan.used[-1].name
+    device = DeviceForecast(device=name, busy_s=1.0, transfer_s=0.0, memory_bytes=1 << 60, limit_bytes=1 << 61)
+    path = tmp_path / "plan.json"
+    path.write_text(replace(plan, forecast=Forecast(step_s=1.0, devices=(device,), bottleneck="", estimated=True)).to_json())
+    again = hetero(max_epochs=1, strategy={"plan": path})
+    again.fit(Classifier(), data())
+    text = f"it was predicted to need 1024 PiB on {name}, which has "
+    assert text in " ".join(again.strategy.plan.notes)
+    assert text in caplog.text
 
 
 @pytest.mark.feature("modules: parameters on the meta device", "refused")
