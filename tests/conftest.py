@@ -52,7 +52,12 @@ ENVIRONMENT_OF_IMPORTS = {
 # Import hooks that packages install for themselves when they are imported, by their module.
 FOREIGN_IMPORT_HOOKS = ("six", "_distutils_hack", "setuptools", "tensorboard")
 # Helper processes of the standard library and torch, which live as long as the interpreter.
-LASTING_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch._inductor.compile_worker")
+LASTING_CHILDREN = (
+    "multiprocessing.resource_tracker",
+    "multiprocessing.forkserver",
+    "torch._inductor.compile_worker",
+    "forks.py",
+)
 # The classes that everybody patches, as torch made them, and marks that Python and torch themselves put on them.
 TORCH_CLASSES = {cls: dict(vars(cls)) for cls in (torch.nn.Module, torch.Tensor)}
 MARKS_ON_CLASSES = {"__slotnames__": "copy", "___needs_generation_tag_patch": "torch.compile"}
@@ -414,6 +419,49 @@ def run_after_imports(
         return found
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_forked(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs a program as a fresh Python would that has imported torch and Lightning: `run_forked(file, NAME="value")`.
+
+    For programs in which it does not matter when these are imported.
+    """
+    program = pytestconfig.rootpath / "tests" / "forks.py"
+    modules = ("torch", "lightning.pytorch", "torchmetrics")
+    served: list[subprocess.Popen[str]] = []
+    lock = threading.Lock()
+
+    def ask(request: dict[str, Any]) -> None:
+        with lock:
+            if not served:
+                command = [sys.executable, str(program), *modules]
+                served.append(subprocess.Popen(command, stdin=subprocess.PIPE, text=True))
+            stdin = served[0].stdin
+            assert stdin is not None
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+
+    def run(*arguments: str, folder: Path, timeout_s: int = 280, **environment: str) -> Any:
+        if not hasattr(os, "fork"):
+            return _python(pytestconfig.rootpath, folder, arguments, environment, timeout_s)
+        result = tmp_path_factory.mktemp("forked")
+        own = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath), **environment}
+        places = {"folder": str(folder), "result": str(result)}
+        ask({"arguments": arguments, "environment": own, "timeout_s": timeout_s, **places})
+        code = result / "code"
+        while not code.exists():
+            assert served[0].poll() is None, "what forks programs has ended"
+            time.sleep(0.05)
+        out, err = ((result / name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(arguments, int(code.read_text()), out, err)
+
+    yield run
+    for server in served:
+        server.communicate("")
+        assert server.returncode == 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning_hetero.errors import PlacementError
-from lightning_hetero.graph.model import Unit
+from lightning_hetero.graph.model import ModelGraph, Unit
 from lightning_hetero.placement.names import check_module_name, covers, did_you_mean, listing, longest
 from lightning_hetero.profile.costs import OWN_CODE
 
@@ -119,12 +119,47 @@ def _see_the_batch(problem: Problem) -> dict[str, str]:
     profile = problem.profile
     if profile is None or not profile.flows:
         return dict.fromkeys(problem.graph.names, "may see the batch (what flows where is not known without a profile)")
-    sees = {flow.target for flow in profile.flows if flow.source == OWN_CODE}
-    return {
-        unit.name: "sees the batch, or what the model's own code made of it"
-        for unit in problem.graph.units
-        if sees & {unit.name, *unit.aliases}
+    sees = {flow.target for flow in profile.flows if flow.source == OWN_CODE} | {*profile.sees_batch}
+    called = {unit.name for unit in profile.units}
+    found = {}
+    for unit in problem.graph.units:
+        names = {unit.name, *unit.aliases}
+        if sees & names:
+            found[unit.name] = "sees the batch, or what the model's own code made of it"
+        elif names & {*profile.out_of_sight}:
+            found[unit.name] = "may see the batch (it is called with an object that nobody can look into)"
+        elif not called & names:
+            found[unit.name] = "may see the batch (it was not called in the step that was recorded)"
+    return found
+
+
+def may_run(graph: ModelGraph, constraints: Constraints, sees_batch: Iterable[str]) -> Callable[[str, str], bool]:
+    """Whether what a unit holds and is given may be on a device, by the names of both, whatever it is there for.
+
+    Unlike `rules_for`, which says where units may stand, that leaves pins aside: they protect no data.
+
+    Args:
+        graph: The units.
+        constraints: The rules.
+        sees_batch: Names of units that see the batch, or may see it.
+    """
+    forbidden = frozenset(constraints.forbidden)
+    trusted = None if constraints.trusted is None else frozenset(constraints.trusted)
+    sees = set(sees_batch)
+    kept = {
+        name
+        for group in graph.groups  # units that share a parameter share what is private too
+        if any(
+            sees & {unit.name, *unit.aliases} or any(covers(key, unit) for key in constraints.private) for unit in group
+        )
+        for unit in group
+        for name in (unit.name, *unit.aliases)
     }
+
+    def may(unit: str, device: str) -> bool:
+        return device not in forbidden and (trusted is None or device in trusted or unit not in kept)
+
+    return may
 
 
 def units_together(problem: Problem) -> list[list[Unit]]:

@@ -48,7 +48,8 @@ def put_together(
     benches = tuple(dict.fromkeys(basis.bench for basis in basis_of.values()))
     found = {sort: {b: pair for b in benches if (pair := job.curves(b)) is not None} for sort, job in jobs.items()}
     weights = {sort: _weight_bytes(job) for sort, job in jobs.items()}
-    full = fill(found, weights, benches, rows)
+    real = {basis.bench: inventory[name].speed for name, basis in basis_of.items() if not basis.estimated}
+    full = fill(found, weights, benches, rows, real)
     notes = (*notes, *_notes(recording, jobs, basis_of, found))
     if full is None:
         order = [call.unit for call in recording.calls]
@@ -61,7 +62,12 @@ def put_together(
             calls=order,
             call_overhead_s=call_overhead_s,
         )
-        return replace(sizes_only, notes=(*sizes_only.notes, *notes))
+        return replace(
+            sizes_only,
+            sees_batch=recording.sees_batch,
+            out_of_sight=recording.out_of_sight,
+            notes=(*sizes_only.notes, *notes),
+        )
     calls: dict[str, list[Call]] = {}
     for call in recording.calls:
         calls.setdefault(call.unit, []).append(call)
@@ -76,6 +82,8 @@ def put_together(
         units=units,
         own_code=_own_code(recording, units, basis_of, training),
         flows=recording.flows,
+        sees_batch=recording.sees_batch,
+        out_of_sight=recording.out_of_sight,
         entering=recording.entering if training else (),
         code=recording.own_code.code(recording.rows) if training else (),
         waiting=recording.own_code.waiting(recording.rows) if training else (),
@@ -193,6 +201,8 @@ def _notes(
                 notes.append(f"{who} ran alone on {where} with one number of rows only: {job.errors[bench]}")
             elif bench in job.errors:
                 notes.append(f"{who} could not run alone on {where} and is estimated there: {job.errors[bench]}")
+            elif not job.may_be_on(bench):
+                notes.append(f"{who} is estimated on {where}: constraints keep it from there.")
             elif measured not in found[sort]:
                 notes.append(f"{who} is estimated on {where}: there was no time left to measure it.")
     away = [device for device, basis in basis_of.items() if basis.estimated]

@@ -17,6 +17,7 @@ import torch
 
 from lightning_hetero.devices.spec import Inventory
 from lightning_hetero.errors import ProfileError
+from lightning_hetero.profile.allowed import MayRun
 from lightning_hetero.profile.benches import is_here
 from lightning_hetero.profile.costs import ModelProfile
 from lightning_hetero.profile.recording import Recording
@@ -24,18 +25,21 @@ from lightning_hetero.profile.recording import Recording
 log = logging.getLogger(__name__)
 
 _FORMAT = "lightning_hetero profile"
-_VERSION = 4
+_VERSION = 5
 # What a plan may use of a device changes from hour to hour, and its seconds do not.
 _FREE = {"memory_bytes", "total_memory_bytes"}
 # Measured anew in every run, a little different each time.
 _RATES = {"flops_per_s", "memory_bytes_per_s", "launch_s", "measured"}
 
 
-def cache_key(recording: Recording, inventory: Inventory, *, rows: int, training: bool) -> dict[str, Any]:
-    """All that the seconds of a profile depend on, as plain JSON types.
+def cache_key(
+    recording: Recording, inventory: Inventory, *, rows: int, training: bool, may_run: MayRun | None = None
+) -> dict[str, Any]:
+    """All that a profile depends on, as plain JSON types.
 
-    That is: the model's fingerprint, the sorts of its units, and shapes and dtypes of all calls; rows; the devices;
-    the versions of torch and of this package; the number of threads.
+    That is: the model's fingerprint, the sorts of its units, and shapes and dtypes of all calls; what the recording saw
+    between them, such as flows; rows; the devices, and what must not be measured on them; the versions of torch and of
+    this package; the number of threads.
     """
     from lightning_hetero import __version__
 
@@ -44,10 +48,16 @@ def cache_key(recording: Recording, inventory: Inventory, *, rows: int, training
         "model": recording.graph.fingerprint,
         "sorts": recording.sort_of,
         "calls": calls,
+        "between": _between(recording),
         "recorded_on": str(recording.device),
         "rows": rows,
         "training": training,
         "devices": _devices(inventory),
+        "kept_from": [
+            [name, device] for name in recording.sort_of for device in inventory.names if not may_run(name, device)
+        ]
+        if may_run is not None
+        else [],
         "host": inventory.host,
         "torch": torch.__version__,
         "lightning_hetero": __version__,
@@ -106,6 +116,22 @@ class ProfileCache:
             if temporary is not None:
                 with suppress(OSError):
                     temporary.unlink()
+
+
+def _between(recording: Recording) -> dict[str, Any]:
+    """What passes between units, and what own code keeps: another forward of equal units is another model."""
+    rows, own_code = recording.rows, recording.own_code
+    end = own_code.in_the_end(rows)
+    return {
+        "flows": [asdict(flow) for flow in recording.flows],
+        "sees_batch": recording.sees_batch,
+        "out_of_sight": recording.out_of_sight,
+        "entering": [asdict(entering) for entering in recording.entering],
+        "code": [asdict(code) for code in (*own_code.code(rows), *(() if end is None else (end,)))],
+        "waiting": [asdict(waiting) for waiting in own_code.waiting(rows)],
+        "coupled": recording.coupled,
+        "followers": recording.followers,
+    }
 
 
 def _devices(inventory: Inventory) -> list[dict[str, Any]]:

@@ -216,6 +216,9 @@ class ModelProfile:
         units: In the order of their first call. Units that were not called are missing.
         own_code: The model's code outside of units, and the loss, on the root device.
         flows: What passes between units.
+        sees_batch: Names of units that were given the batch, or what the model's own code made of it, also where
+            `flows` do not tell: other units may hand it on, and units may call each other.
+        out_of_sight: Names of units that were called with objects that nobody can look into.
         entering: What modules with units are called with; not of those that are called with what nobody knows.
         code: The model's own code between units; what comes after them, such as the loss, is `own_code`.
         waiting: Gradients that wait while backwards of units run.
@@ -233,6 +236,8 @@ class ModelProfile:
     units: tuple[UnitCost, ...]
     own_code: UnitCost = UnitCost(name=OWN_CODE)
     flows: tuple[Flow, ...] = ()
+    sees_batch: tuple[str, ...] = ()
+    out_of_sight: tuple[str, ...] = ()
     entering: tuple[Entering, ...] = ()
     code: tuple[OwnCode, ...] = ()
     waiting: tuple[Waiting, ...] = ()
@@ -277,6 +282,8 @@ class ModelProfile:
                     "units": tuple(map(_unit, data["units"])),
                     "own_code": _unit(data["own_code"]),
                     "flows": tuple(map(_flow, data["flows"])),
+                    "sees_batch": tuple(map(str, data.get("sees_batch", ()))),
+                    "out_of_sight": tuple(map(str, data.get("out_of_sight", ()))),
                     "entering": tuple(
                         Entering(**{**e, "size_bytes": Line(**e["size_bytes"])}) for e in data.get("entering", ())
                     ),

@@ -80,6 +80,8 @@ def count_work(
         training=training,
         units=units,
         flows=recording.flows,
+        sees_batch=recording.sees_batch,
+        out_of_sight=recording.out_of_sight,
         # The loss keeps what it is handed, and makes something as large and its gradient; sums keep less.
         own_saved_bytes=sum(handed, Line()) if training else Line(),
         own_temporary_bytes=max(handed, key=lambda size: size(rows), default=Line()).scaled(2.0 if training else 1.0),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hetero.profile.costs import OWN_CODE, Entering, Flow, Line
+from lightning_hetero.profile.handed_on import Given, version
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class _Made:
         in_chain: Whether it was made in one.
         version: How often it had been changed in place by then.
         ref: The tensor, as long as it lives.
+        given: Whether it is of the batch or of what own code made of it, also where units have handed it on.
         taken: Whether it was passed on already, so that own code is not the one that waits for it.
         taker: The unit that took it first.
     """
@@ -68,6 +70,7 @@ class _Made:
     in_chain: bool
     version: int
     ref: weakref.ref[Tensor]
+    given: bool
     taken: bool = False
     taker: str | None = None
 
@@ -100,6 +103,20 @@ class Tracker:
         self._entered: list[_Entered] = []
         self._around: list[list[_Entered]] = []  # what the modules around were called with
         self._hidden: set[str] = set()  # modules that were called with what cannot be seen
+        self._given = Given()  # what the unit at work was given
+        self._mixes: list[bool] = []  # the parameter-free modules at work, innermost last: do they see the batch?
+        self._fed: dict[str, None] = {}
+        self._out_of_sight: dict[str, None] = {}
+
+    @property
+    def sees_batch(self) -> tuple[str, ...]:
+        """Units that were given the batch or what own code made of it, also through other units."""
+        return tuple(self._fed)
+
+    @property
+    def out_of_sight(self) -> tuple[str, ...]:
+        """Units that were called with objects that nobody can look into."""
+        return tuple(self._out_of_sight)
 
     @property
     def _in_chain(self) -> bool:
@@ -126,38 +143,71 @@ class Tracker:
             if made is not None:
                 made.straight &= self._in_chain
 
-    def take(self, unit: str, inputs: Iterable[Tensor]) -> None:
-        """A unit is called."""
+    def take(self, unit: str, inputs: Iterable[Tensor], *, is_visible: bool = True) -> bool:
+        """A unit is called.
+
+        Args:
+            unit: Its name.
+            inputs: What it is called with, as far as it can be seen.
+            is_visible: Whether that is all.
+
+        Returns:
+            Whether it may see the batch or what own code made of it.
+        """
+        self._given = Given(is_visible=is_visible)
         for tensor in inputs:
             made = self._find(tensor)
             if made is None:
                 made = self._add(tensor, OWN_CODE, straight=False)
             made.taken = True
+            if made.given:
+                self._given.add(tensor)
             for entered in (each for around in self._around for each in around):
                 entered.taken_inside |= entered.made is made
             chained = made.straight and self._in_chain and made.source != OWN_CODE
             self._passed.append((made.source, unit, chained, made.taker, TensorSpec.of(tensor)))
             made.taker = made.taker or unit
+        self._note_given(unit, is_fed=self._given.has_tensors, is_visible=is_visible)
+        return self._given.has_tensors or not is_visible
+
+    def take_inside(self, unit: str, inputs: Iterable[Tensor], *, is_visible: bool = True) -> None:
+        """A unit is called by another one, which may hand on what it was given."""
+        found = [(tensor, self._find(tensor)) for tensor in inputs]
+        is_fed = any(self._given.holds(tensor) if made is None else made.given for tensor, made in found)
+        self._note_given(unit, is_fed=is_fed, is_visible=is_visible)
+
+    def _note_given(self, unit: str, *, is_fed: bool, is_visible: bool) -> None:
+        if is_fed:
+            self._fed[unit] = None
+        if not is_visible:
+            self._out_of_sight[unit] = None
 
     def make(self, unit: str, outputs: Iterable[Tensor]) -> None:
         """A unit returns."""
         for tensor in outputs:
-            self._outputs.append(self._add(tensor, unit, straight=self._in_chain))
+            given = self._given.holds(tensor)
+            self._outputs.append(self._add(tensor, unit, straight=self._in_chain, given=given))
+        self._given = Given()  # lets go of the tensors
 
-    def sources(self, inputs: Iterable[Tensor]) -> list[_Made]:
+    def sources(self, inputs: Iterable[Tensor], *, is_visible: bool = True) -> list[_Made]:
         """Where the inputs of a parameter-free module come from, if it stands in a chain: it computes there."""
+        found = [self._find(tensor) for tensor in inputs]
+        self._mixes.append(not is_visible or any(made is None or made.given for made in found))
         if not self._in_chain:
             return []
-        return [made for made in map(self._find, inputs) if made is not None and made.straight]
+        return [made for made in found if made is not None and made.straight]
 
     def carry(self, sources: list[_Made], outputs: Iterable[Tensor]) -> None:
         """A parameter-free module in a chain returns: its outputs come from where its inputs were."""
+        mixes = self._mixes.pop()
         if len({made.source for made in sources}) != 1:
             return
         for made in sources:
             made.taken = True
         for tensor in outputs:
-            self._outputs.append(self._add(tensor, sources[0].source, straight=True))
+            same = self._find(tensor)
+            given = mixes if same is None else same.given
+            self._outputs.append(self._add(tensor, sources[0].source, straight=True, given=given))
 
     def flows(self, rows: int) -> tuple[Flow, ...]:
         """All flows, equal ones added up, in the order in which they were seen."""
@@ -198,20 +248,17 @@ class Tracker:
     def _find(self, tensor: Tensor) -> _Made | None:
         """Who made the tensor, if nobody changed it in place since."""
         made = self._made.get(id(tensor))
-        return made if made is not None and made.ref() is tensor and made.version == _version(tensor) else None
+        return made if made is not None and made.ref() is tensor and made.version == version(tensor) else None
 
-    def _add(self, tensor: Tensor, source: str, *, straight: bool) -> _Made:
+    def _add(self, tensor: Tensor, source: str, *, straight: bool, given: bool = True) -> _Made:
         made = _Made(
             source=source,
             spec=TensorSpec.of(tensor),
             straight=straight,
             in_chain=straight,
-            version=_version(tensor),
+            version=version(tensor),
             ref=weakref.ref(tensor),
+            given=given,
         )
         self._made[id(tensor)] = made
         return made
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

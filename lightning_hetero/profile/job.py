@@ -32,6 +32,7 @@ class Job:
         followers: Modules without parameters that come after it.
         sizes: Bytes of a call; None until known.
         errors: What went wrong, by bench.
+        instead: What is measured in the place of `unit` and `sample` on benches where these must not be; None: nothing.
         usual: What forward and backward usually take, by bench and rows, where it is known apart from the median.
     """
 
@@ -44,12 +45,15 @@ class Job:
     followers: Sequence[nn.Module] = ()
     sizes: Lines | None = None
     errors: dict[Bench, str] = field(default_factory=dict)
+    instead: Mapping[Bench, tuple[nn.Module, Sample] | None] = field(default_factory=dict)
     usual: dict[tuple[Bench, int], tuple[float, float]] = field(default_factory=dict)
     _carriers: Carriers | None = None
     _constant: bool = False  # no input depends on the rows
 
     def measure(self, bench: Bench, counts: tuple[int, ...]) -> None:
         """Measure at these numbers of rows. An error is noted, not raised: the device may be too small for the unit."""
+        if not self.may_be_on(bench):
+            return
         if bench in self.errors and not self.forward.get(bench):
             return
         try:
@@ -75,11 +79,16 @@ class Job:
         """Which tensors of a call hold the batch's rows; none of them before something was measured."""
         return self._carriers or frozenset()
 
+    def may_be_on(self, bench: Bench) -> bool:
+        """Whether a unit of this sort may be measured there."""
+        return self._on(bench) is not None
+
     def on(self, bench: Bench, unit: nn.Module) -> Alone:
-        """A copy of a unit of this sort on a bench."""
+        """A copy of a unit of this sort on a bench, where one may be."""
+        _, sample = self._on(bench) or (self.unit, self.sample)
         return Alone(
             unit,
-            self.sample,
+            sample,
             seen_rows=self.seen_rows,
             device=bench.device,
             training=self.training,
@@ -101,8 +110,12 @@ class Job:
         saved = self.sizes.saved(rows) if self.sizes is not None else 0.0
         return saved + 2 * sum(p.numel() * p.element_size() for p in self.unit.parameters())
 
+    def _on(self, bench: Bench) -> tuple[nn.Module, Sample] | None:
+        return self.instead.get(bench, (self.unit, self.sample))
+
     def _measure(self, bench: Bench, counts: tuple[int, ...]) -> None:
-        alone = self.on(bench, self.unit)
+        unit, _ = self._on(bench) or (self.unit, self.sample)
+        alone = self.on(bench, unit)
         if self._carriers is None:
             self._carriers = self._find_carriers(alone)
         forward, backward = self.forward.setdefault(bench, {}), self.backward.setdefault(bench, {})

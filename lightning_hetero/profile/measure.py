@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-
-import torch
 
 from lightning_hetero.devices.host_memory import keep_host_memory
 from lightning_hetero.devices.spec import Inventory
 from lightning_hetero.errors import ProfileError
+from lightning_hetero.profile.allowed import Allowed, MayRun
 from lightning_hetero.profile.assemble import put_together
-from lightning_hetero.profile.benches import Bench, bases, is_here, optimizer_s_per_byte
+from lightning_hetero.profile.benches import Bench, bases, optimizer_s_per_byte
 from lightning_hetero.profile.costs import ModelProfile
 from lightning_hetero.profile.isolate import undisturbed
 from lightning_hetero.profile.job import Job, first_line
@@ -30,15 +28,17 @@ def measure_model(
     out_of_time: Callable[[], bool] | None = None,
     budget_s: float = 10.0,
     call_overhead_s: float = 0.0,
+    may_run: MayRun | None = None,
 ) -> ModelProfile:
     """Run each recorded unit alone on each device, forward and backward apart, and write down seconds and bytes.
 
     Units run as copies, one at a time, so the model may be larger than any device, and nothing of it changes:
     parameters, buffers, gradients, modes, hooks, and random numbers of all devices are as before. (Two things are not
     put back: the peaks that the allocators of accelerators count, and what user code in a unit changes outside of the
-    unit.) Units that compute the same are measured once. Each number is the median of a few repetitions after a first
-    one that does not count. Then units run again, as many together as have room in some memory, in the order of a step:
-    see `replay`. What was found so takes the place of what was found alone.
+    unit.) Units that compute the same are measured once. Nothing of a unit is copied to a device where `may_run` does
+    not let it be, and devices for which it refuses all units are not used. Each number is the median of a few
+    repetitions after a first one that does not count. Then units run again, as many together as have room in some
+    memory, in the order of a step: see `replay`. What was found so takes the place of what was found alone.
 
     Devices that the CPU plays, and devices that are not here, follow from the CPU; see `benches.bases`. The model's own
     code cannot be run apart: its forward is what the recording saw outside of units, the loss included, times what
@@ -57,6 +57,8 @@ def measure_model(
         out_of_time: Asked before each measurement; what is left when it says yes is estimated.
         budget_s: Seconds after which that happens in any case. A measurement that has begun ends.
         call_overhead_s: What the runtime adds to each call of a stage; goes into the profile as it is.
+        may_run: Whether parameters and inputs of a unit may be on a device, by the names of both; None: all may.
+            Seconds of other pairs are estimated.
 
     Raises:
         ProfileError: The recording is not complete or had no values, or `rows` is below 1.
@@ -79,6 +81,9 @@ def measure_model(
 
     if any(device.emulated for device in inventory):
         keep_host_memory()
+    basis_of = bases(inventory, training=training, dtype=_dtype(recording))
+    allowed = Allowed(recording, basis_of, may_run)
+    benches = allowed.benches
     jobs = {
         sort: Job(
             recording.module.get_submodule(sample.unit),
@@ -86,17 +91,16 @@ def measure_model(
             seen_rows,
             training,
             followers=[recording.module.get_submodule(name) for name in recording.followers.get(sample.unit, ())],
+            instead=allowed.instead(sort),
         )
         for sort, sample in recording.samples.items()
     }
-    with undisturbed(_accelerators(inventory)):
-        basis_of = bases(inventory, training=training, dtype=_dtype(recording))
-        benches = tuple(dict.fromkeys(replace(basis.bench, steady=False) for basis in basis_of.values()))
+    with undisturbed(bench.device for bench in benches):
         optimizer_s, sum_s, notes = _optimizers(benches, _sizes(recording)) if training else ({}, {}, ())
         counts = row_counts(rows)
         _run(jobs, benches, counts, stop)
-        units = [(sort, recording.module.get_submodule(name)) for name, sort in recording.sort_of.items()]
-        replay(jobs, units, benches, counts, stop)
+        for bench in benches:
+            replay(jobs, allowed.units(bench), (bench,), counts, stop)
     return put_together(recording, inventory, jobs, basis_of, optimizer_s, sum_s, rows, call_overhead_s, notes)
 
 
@@ -139,11 +143,6 @@ def _optimizers(
                 f"{first_line(error)}"
             )
     return steps, sums, tuple(notes)
-
-
-def _accelerators(inventory: Inventory) -> list[torch.device]:
-    names = {device.torch_device for device in inventory if not device.emulated and device.torch_device is not None}
-    return [torch.device(name) for name in sorted(names) if name != "cpu" and is_here(name)]
 
 
 def _dtype(recording: Recording) -> str:

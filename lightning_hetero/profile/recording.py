@@ -21,8 +21,8 @@ from lightning_hetero.profile.costs import Entering, Flow
 from lightning_hetero.profile.coupled import coupled_modules
 from lightning_hetero.profile.flows import TensorSpec, Tracker
 from lightning_hetero.profile.own_code import OwnCodeTracker
-from lightning_hetero.profile.sample import Sample, autocast_dtype, has_values, sort_of_call, sort_of_module
-from lightning_hetero.profile.structure import all_visible, tensors_in
+from lightning_hetero.profile.sample import Sample, autocast_dtype, sort_of_call, sort_of_module
+from lightning_hetero.profile.structure import all_visible, has_values, tensors_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +66,7 @@ class Recording:
     Attributes:
         calls: The calls of units, in order; a unit that another unit calls belongs to that one.
         samples: One call of each sort of unit and input, by the sort's key.
+        handed: Likewise, of sorts of which the sample has to do with the batch, a call on what other units made.
         sort_of: The sort of each unit that was called.
         followers: Names of the parameter-free modules that come after a unit in an `nn.Sequential`, by name of the
             unit: they run where it runs, and what they take and keep is counted as its own.
@@ -83,6 +84,7 @@ class Recording:
         self.graph = graph
         self.calls: tuple[Call, ...] = ()
         self.samples: dict[str, Sample] = {}
+        self.handed: dict[str, Sample] = {}
         self.sort_of: dict[str, str] = {}
         self.followers: dict[str, tuple[str, ...]] = {}
         self.own_code = OwnCodeTracker(module)
@@ -97,6 +99,7 @@ class Recording:
         self._tracker = Tracker()
         self._handles: list[RemovableHandle] = []
         self._plain: list[list[Any]] = []
+        self._of_batch: set[str] = set()  # the sorts of which the sample may have to do with the batch
         self._names = {id(inner): name for name, inner in module.named_modules()}
         self._now_s = self._since_s = 0.0
         self._trouble: Exception | None = None
@@ -161,6 +164,20 @@ class Recording:
             ProfileError: Nothing was recorded.
         """
         return self._tracker.flows(self.rows)
+
+    @property
+    def sees_batch(self) -> tuple[str, ...]:
+        """Units that were given the batch or what the model's own code made of it, also through other units."""
+        return self._tracker.sees_batch
+
+    @property
+    def out_of_sight(self) -> tuple[str, ...]:
+        """Units that were called with objects that nobody can look into."""
+        return self._tracker.out_of_sight
+
+    def is_of_batch(self, sort: str) -> bool:
+        """Whether the sample of a sort may have to do with the batch."""
+        return sort in self._of_batch
 
     @property
     def entering(self) -> tuple[Entering, ...]:
@@ -275,7 +292,8 @@ class Recording:
 
     def _enter_plain(self, args: Any, kwargs: Any) -> None:
         # The sources are asked for now: an activation that works in place changes them.
-        self._plain.append(self._tracker.sources(tensors_in((args, kwargs))))
+        call = (args, kwargs)
+        self._plain.append(self._tracker.sources(tensors_in(call), is_visible=all_visible(call) is not None))
 
     def _leave_plain(self, output: Any) -> None:
         sources, outputs = self._plain.pop(), tensors_in(output)
@@ -284,11 +302,12 @@ class Recording:
             self.own_code.make(sources[0].source, outputs)
 
     def _enter_unit(self, name: str, sort: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs, is_visible = tensors_in((args, kwargs)), all_visible((args, kwargs)) is not None
         if self._open:  # a unit that calls another one
+            self._tracker.take_inside(name, inputs, is_visible=is_visible)
             self._open.append(_Open(name, (), self._now_s))
             return
-        inputs = tensors_in((args, kwargs))
-        self._tracker.take(name, inputs)
+        sees_batch = self._tracker.take(name, inputs, is_visible=is_visible)
         self.own_code.take(name, inputs)
         self.shapes_only |= not all(map(has_values, inputs))
         if name not in self.sort_of:
@@ -296,6 +315,9 @@ class Recording:
             key = self.sort_of[name] = sort_of_call(sort, args, kwargs, autocast)
             if key not in self.samples:
                 self.samples[key] = Sample.of(name, args, kwargs, autocast)
+                self._of_batch |= {key} if sees_batch else set()
+            elif key in self._of_batch and not sees_batch and key not in self.handed:
+                self.handed[key] = Sample.of(name, args, kwargs, autocast)
         specs = tuple(map(TensorSpec.of, inputs))
         self._open.append(_Open(name, specs, time.perf_counter()))
 

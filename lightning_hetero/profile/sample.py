@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from lightning_hetero.profile.flows import TensorSpec
-from lightning_hetero.profile.structure import all_tensors, map_tensors
+from lightning_hetero.profile.structure import all_tensors, has_values, map_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +69,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     except RuntimeError:  # device types without autocast
         return None
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether it is neither a meta nor a fake tensor."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 
 Visit = Callable[[Tensor], Tensor]
@@ -94,6 +95,11 @@ def all_visible(obj: Any) -> list[Tensor] | None:
         elif not isinstance(each, (*_PLAIN, torch.nn.Module)):
             return None
     return [*found.values()]
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it is neither a meta nor a fake tensor."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def tensors_in(obj: Any) -> list[Tensor]:

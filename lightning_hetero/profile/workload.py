@@ -94,6 +94,8 @@ class Workload:
         training: Whether there is a backward.
         units: In the order of their first call.
         flows: What passes between them.
+        sees_batch: Names of units that see the batch, see `ModelProfile`.
+        out_of_sight: Names of units of which nobody knows what they are called with.
         own_saved_bytes: What autograd keeps of the model's own code, the loss included.
         own_temporary_bytes: What that code needs for a moment.
         dtype: Of the parameters: "float32".
@@ -104,6 +106,8 @@ class Workload:
     training: bool
     units: tuple[UnitWork, ...]
     flows: tuple[Flow, ...] = ()
+    sees_batch: tuple[str, ...] = ()
+    out_of_sight: tuple[str, ...] = ()
     own_saved_bytes: Line = _NONE
     own_temporary_bytes: Line = _NONE
     dtype: str = "float32"
@@ -140,6 +144,8 @@ class Workload:
                 temporary_bytes=self.own_temporary_bytes,
             ),
             flows=self.flows,
+            sees_batch=self.sees_batch,
+            out_of_sight=self.out_of_sight,
             coupled=self.coupled,
             optimizer_s_per_byte={d.name: ADAM_ACCESSES / reached_bytes_per_s(d) for d in devices}
             if self.training
@@ -167,6 +173,8 @@ class Workload:
                     **data,
                     "units": tuple(UnitWork(**_with_lines(unit)) for unit in data["units"]),
                     "flows": tuple(Flow(**_with_lines(flow)) for flow in data["flows"]),
+                    "sees_batch": tuple(map(str, data.get("sees_batch", ()))),
+                    "out_of_sight": tuple(map(str, data.get("out_of_sight", ()))),
                     "coupled": tuple(map(str, data.get("coupled", ()))),
                     "own_saved_bytes": Line(**data["own_saved_bytes"]),
                     "own_temporary_bytes": Line(**data["own_temporary_bytes"]),

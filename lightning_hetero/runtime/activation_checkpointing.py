@@ -7,7 +7,8 @@ whatever thread has the device:
 * random numbers: those of the module's own device are repeated too, and in lanes nobody touches a generator from which
   another micro-batch draws;
 * buffers: running statistics of normalisations are not updated a second time;
-* modes: the code runs with the modes of modules, function modes and autocast of its first run;
+* surroundings: the code runs with the modes and attributes of modules, what is inside of these, and the globals of its
+  first run, and with its function modes and autocast;
 * inputs that the module itself changes in place are copied before.
 """
 

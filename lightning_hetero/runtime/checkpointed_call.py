@@ -77,7 +77,7 @@ class CheckpointedCall:
             self._drawn = [(each, state) for each, state in before if not torch.equal(each.get(), state)]
         owner.draws_elsewhere |= any(each is not owner.generators[-1] for each, _ in self._drawn)
         self._parameters = _versions(owner.parameters())
-        self._check_buffers()
+        self._check_modules()
         self._check_inputs(args, kwargs)
         return output
 
@@ -86,6 +86,9 @@ class CheckpointedCall:
             raise RuntimeError(_changed(self._owner.name, "an input"))
         if _versions(self._owner.parameters()) != self._parameters:
             raise RuntimeError(_changed(self._owner.name, "a parameter"))
+        lost = self._modules.lost()
+        if lost is not None:
+            raise RuntimeError(_changed(self._owner.name, lost.what))
         args, kwargs = self._inputs
         if self._copies:  # this run may change them, and there may be another one
             copy_of = {id(kept): kept.clone() for kept, _ in self._kept}
@@ -129,15 +132,14 @@ class CheckpointedCall:
 
     # Modules and random numbers
 
-    def _check_buffers(self) -> None:
+    def _check_modules(self) -> None:
         """Refuse modules whose second run would begin with other buffers than the first one."""
         lost = self._modules.lost()
         if lost is not None:
-            part, buffers = lost
             raise UnsupportedError(
-                f"{self._owner.name} cannot be checkpointed: the forward of {type(part).__name__} in it changes a "
-                f"buffer in place ({', '.join(buffers)}), so a second run would compute something else. Leave its "
-                f"device, {self._owner.device_name}, out of activation_checkpointing."
+                f"{self._owner.name} cannot be checkpointed: the forward of {lost.owner} in it changes {lost.what} in "
+                f"place ({', '.join(lost.names)}), so a second run would compute something else. Leave its device, "
+                f"{self._owner.device_name}, out of activation_checkpointing."
             )
 
     @contextmanager

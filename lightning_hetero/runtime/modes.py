@@ -7,10 +7,13 @@ from contextlib import contextmanager
 
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from lightning_hetero.runtime import joining
+
 
 def activate(mode: TorchFunctionMode) -> None:
     """Make `mode` the innermost mode of this thread."""
     _push_mode(mode)
+    joining.begin(mode)
 
 
 def deactivate(mode: TorchFunctionMode) -> bool:
@@ -26,6 +29,7 @@ def deactivate(mode: TorchFunctionMode) -> bool:
         above.append(popped)
     for other in reversed(above):
         _push_mode(other)
+    joining.end(mode)
     return True
 
 

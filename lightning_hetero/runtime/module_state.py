@@ -1,76 +1,70 @@
-"""What a module's forward depends on besides inputs and parameters: modes and buffers, as they were at some moment."""
+"""What a module's forward depends on besides inputs and parameters, as it was at some moment, for another run of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_hetero.runtime.engine.surroundings import Surroundings
 from lightning_hetero.runtime.transfer import version_of
 
 
+class Lost(NamedTuple):
+    """Something that can no longer be as it was.
+
+    Attributes:
+        owner: The class of the module that has it.
+        what: What it is.
+        names: Its names, or those of several of which it is one.
+    """
+
+    owner: str
+    what: str
+    names: Sequence[str]
+
+
 class ModuleState:
-    """Modes and buffers of some modules as they are now, for another run of their code.
+    """Buffers and attributes of some modules as they are now, and what is inside of them.
 
     Args:
         parts: The modules, without those below them.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self._parts = parts
-        self._modes = [_mode(part) for part in parts]
-        self._buffers = [(part, dict(part._buffers), _version(part._buffers)) for part in parts if part._buffers]
+        self._surroundings = Surroundings(parts)
+        # Running statistics do not count: what a normalisation computes in training does not depend on them.
+        self._normalised = [part for part in parts if isinstance(part, _NormBase) and part.training]
+        normalised = set(self._normalised)
+        self._buffers = [
+            (part, dict(part._buffers), _version(part._buffers))
+            for part in parts
+            if part._buffers and part not in normalised
+        ]
 
-    def lost(self) -> tuple[nn.Module, list[str]] | None:
-        """A module that has changed a buffer in place since then, and its buffers: it can no longer be as it was.
-
-        Running statistics do not count: what a normalisation computes in training does not depend on them.
-        """
+    def lost(self) -> Lost | None:
+        """What was changed in place since then, so that it can no longer be as it was; None if nothing was."""
         for part, buffers, version in self._buffers:
-            if not isinstance(part, _NormBase) and _version(buffers) != version:
-                return part, list(buffers)
-        return None
+            if _version(buffers) != version:
+                return Lost(type(part).__name__, "a buffer", list(buffers))
+        found = self._surroundings.lost
+        return None if found is None else Lost(found[0], "a tensor", [found[1]])
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Within the block, modes and buffers are those of then. What happens to running statistics is forgotten."""
-        modes = [_mode(part) for part in self._parts]
-        buffers = [(part, dict(part._buffers)) for part, _, _ in self._buffers]
-        try:
-            _set_modes(self._parts, self._modes)
-            for part, before, _ in self._buffers:
-                _set_buffers(part, _copies(before) if isinstance(part, _NormBase) and part.training else before)
+        """Within the block, all of it is as it was then. What happens to running statistics is forgotten."""
+        with self._surroundings.in_effect():
+            for part in self._normalised:
+                part._buffers.update(_copies(part._buffers))
             yield
-        finally:
-            _set_modes(self._parts, modes)
-            for part, now in buffers:
-                _set_buffers(part, now)
-
-
-def _version(buffers: Mapping[str, Tensor | None]) -> int:
-    return sum(version_of(buffer) for buffer in buffers.values() if buffer is not None)
-
-
-def _mode(part: nn.Module) -> tuple[bool, Any]:
-    return part.training, part.__dict__.get("track_running_stats")
-
-
-def _set_modes(parts: Sequence[nn.Module], modes: Sequence[tuple[bool, Any]]) -> None:
-    """By their flags, so that no `train` of user code runs."""
-    for part, (training, tracks) in zip(parts, modes, strict=True):
-        if _mode(part) != (training, tracks):
-            part.__dict__["training"] = training
-            if tracks is not None:
-                part.__dict__["track_running_stats"] = tracks
 
 
 def _copies(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
 
 
-def _set_buffers(part: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
-    part._buffers.clear()
-    part._buffers.update(buffers)
+def _version(buffers: Mapping[str, Tensor | None]) -> int:
+    return sum(version_of(buffer) for buffer in buffers.values() if buffer is not None)

@@ -14,9 +14,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_hetero.errors import PlacementError
 from lightning_hetero.runtime.transfer import to_device
@@ -47,7 +51,7 @@ def relocate(modules: Iterable[tuple[nn.Module, torch.device]], root: nn.Module)
     touched: list[nn.Module] = []
     with torch.no_grad(), torch.inference_mode(False):
         for module, device in modules:
-            _release_derived(module, device)
+            release_derived(module, device)
             if isinstance(module, nn.RNNBase):
                 module._flat_weight_refs = []  # weak references, which forbid a swap; `_init_flat_weights` renews them
             for name, parameter in list(module._parameters.items()):
@@ -90,6 +94,7 @@ def _move_parameter(module: nn.Module, name: str, parameter: nn.Parameter, devic
     except RuntimeError as refused:
         log.debug("%s.%s gets a new Parameter object, a swap was refused: %s", type(module).__name__, name, refused)
         new.__dict__.update(parameter.__dict__)
+        _give_hooks(new, parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
         return new
     return parameter
 
@@ -100,6 +105,11 @@ def _swap(parameter: nn.Parameter, new: nn.Parameter) -> None:
     after_hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
     new.__dict__.update(parameter.__dict__)
     torch.utils.swap_tensors(parameter, new)
+    _give_hooks(parameter, hooks, after_hooks)
+
+
+def _give_hooks(parameter: nn.Parameter, hooks: Any, after_hooks: Any) -> None:
+    """Let hooks stand on a parameter, and their handles take them off it."""
     if hooks:
         parameter._backward_hooks = hooks
     if after_hooks:
@@ -123,14 +133,28 @@ def _on(tensor: Tensor, device: torch.device, owner: str, name: str) -> Tensor:
     return to_device(tensor, device)
 
 
-def _release_derived(module: nn.Module, device: torch.device) -> None:
+def release_derived(module: nn.Module, device: torch.device | None = None) -> None:
     """Detach tensors that a hook of torch recomputes from a parameter (pruning, old weight and spectral norm).
 
-    Their graph holds the parameter, and a parameter that a graph holds cannot be swapped.
+    Their graph holds the parameter, and a parameter that a graph holds cannot be swapped. What user code keeps on a
+    module, such as a sum of losses, is left alone.
+
+    Args:
+        module: The module that has them as attributes.
+        device: Where they go; None leaves them where they are.
     """
-    for name, value in list(module.__dict__.items()):
+    for hook in module._forward_pre_hooks.values():
+        name = _recomputed_by(hook)
+        value = module.__dict__.get(name)
         if isinstance(value, Tensor) and value.grad_fn is not None:
-            module.__dict__[name] = to_device(value.detach(), device)
+            module.__dict__[name] = to_device(value.detach(), device or value.device)
+
+
+def _recomputed_by(hook: object) -> str:
+    """Name of the attribute that a hook sets before each forward; "" if it is no such hook of torch."""
+    if isinstance(hook, BasePruningMethod):
+        return hook._tensor_name
+    return hook.name if isinstance(hook, (SpectralNorm, WeightNorm)) else ""
 
 
 def _rebind(root: nn.Module, new_of: Mapping[int, nn.Parameter]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from torch import nn
 from lightning_hetero.devices import Inventory
 from lightning_hetero.devices.measured import measured_inventory
 from lightning_hetero.errors import InfeasiblePlanError, UnsupportedError
+from lightning_hetero.placement import Constraints
+from lightning_hetero.placement.constraints import may_run
 from lightning_hetero.plan import Plan
 from lightning_hetero.profile import ModelProfile
 from lightning_hetero.profile.cache import ProfileCache, cache_key
@@ -141,12 +143,14 @@ class FirstSteps(Watch):
 
     def _plan_anew(self, recording: Recording) -> Plan | None:
         begun_s = time.perf_counter()
-        names = ", ".join(device.name for device in self.planning.inventory.trainable)
+        constraints = self.planning.terms.constraints
+        used = [d.name for d in self.planning.inventory.trainable if d.name not in constraints.forbidden]
+        names = ", ".join(used)
         log.info("the model is measured on %s, to plan anew; this takes some seconds", names)
         try:
-            inventory = measured_inventory(self.planning.inventory, profile=self._device_profile)
+            inventory = _measured(self.planning.inventory, constraints.forbidden, self._device_profile)
             self.planning = self.planning.on(inventory)
-            profile = _profile_of(recording, inventory)
+            profile = _profile_of(recording, inventory, constraints)
             self.profile = replace(profile, rows=round(profile.rows * self._parts))
             plans = self.planning.with_profile(self._factor, self.profile)
             foreseen = self.planning.foreseen(self._present, self._factor, self.profile)
@@ -166,11 +170,25 @@ class FirstSteps(Watch):
         return self._try(Trial(self._present, self._steps_s, plans, most_steps, first_may_stay=foreseen is not None))
 
 
-def _profile_of(recording: Recording, inventory: Inventory) -> ModelProfile:
-    cache, key = ProfileCache(), cache_key(recording, inventory, rows=recording.rows, training=True)
+def _measured(inventory: Inventory, forbidden: Collection[str], device_profile: Path | None) -> Inventory:
+    """The inventory with measured numbers; forbidden devices are not touched, but for the root, which has own code."""
+    left_out = {d.name for d in inventory if d.name in forbidden and not d.emulated} - {inventory.root.name}
+    used = tuple(device for device in inventory if device.name not in left_out)
+    links = tuple(link for link in inventory.links if not left_out & {link.source, link.target})
+    found = measured_inventory(replace(inventory, devices=used, links=links), profile=device_profile)
+    devices = tuple(device if device.name in left_out else found[device.name] for device in inventory)
+    others = tuple(link for link in inventory.links if left_out & {link.source, link.target})
+    return replace(found, devices=devices, links=(*found.links, *others))
+
+
+def _profile_of(recording: Recording, inventory: Inventory, constraints: Constraints | None = None) -> ModelProfile:
+    sees_batch = (*recording.sees_batch, *recording.out_of_sight)
+    may = may_run(recording.graph, constraints or Constraints(), sees_batch)
+    cache, key = ProfileCache(), cache_key(recording, inventory, rows=recording.rows, training=True, may_run=may)
     profile = cache.get(key)
     if profile is None:
-        profile = measure_model(recording, inventory, budget_s=MEASURE_S, call_overhead_s=CALL_OVERHEAD_S)
+        budget_s, overhead_s = MEASURE_S, CALL_OVERHEAD_S
+        profile = measure_model(recording, inventory, budget_s=budget_s, call_overhead_s=overhead_s, may_run=may)
         cache.put(key, profile)
     return profile
 

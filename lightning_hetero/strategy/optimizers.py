@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.graph.find import tensor_bytes
@@ -72,7 +74,8 @@ def _factor(optimizer: Optimizer, group: dict[str, Any]) -> float:
 def keep_state_beside_parameters(optimizers: Iterable[Optimizer]) -> None:
     """Move each parameter's optimizer state to the parameter's device.
 
-    Step counters stay on the CPU, where torch wants them, unless the optimizer is `capturable` or `fused`.
+    Step counters that are on the CPU stay there, where torch wants them, unless the optimizer is `capturable` or
+    `fused`. ASGD has its own beside the parameter.
     """
     for optimizer in optimizers:
         on_device = {
@@ -84,9 +87,46 @@ def keep_state_beside_parameters(optimizers: Iterable[Optimizer]) -> None:
             if not isinstance(state, MutableMapping) or not isinstance(parameter, Tensor):
                 continue
             for key, value in state.items():
-                if not isinstance(value, Tensor) or (key == "step" and not on_device.get(id(parameter), False)):
+                if not isinstance(value, Tensor):
+                    continue
+                if key == "step" and value.device.type == "cpu" and not on_device.get(id(parameter), False):
                     continue
                 state[key] = to_device(value, parameter.device)
+
+
+class StateFollows:
+    """While it is open, optimizers that the strategy does not know have their state beside parameters that have moved.
+
+    Such are optimizers that `configure_optimizers` does not return, and those inside of one that it returns. They are
+    seen when they step.
+
+    Args:
+        module: The model whose parameters move.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own: set[int] = set()
+        self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._hook = register_optimizer_step_pre_hook(self._before_step)
+        self.moved()
+
+    def moved(self) -> None:
+        """Parameters are elsewhere now."""
+        self._own = set(map(id, self._module.parameters()))
+        self._followed.clear()
+
+    def close(self) -> None:
+        """Look at no optimizer any more. Those that were seen follow to where parameters are now."""
+        self._hook.remove()
+        keep_state_beside_parameters(self._followed)
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer in self._followed:
+            return
+        if any(id(parameter) in self._own for group in optimizer.param_groups for parameter in group["params"]):
+            keep_state_beside_parameters([optimizer])
+            self._followed.add(optimizer)
 
 
 def exchange_parameters(optimizers: Iterable[Optimizer], replaced: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_hetero.errors import UnsupportedError, UsageError
 from lightning_hetero.plan import Plan
@@ -18,6 +19,7 @@ from lightning_hetero.plan.forecast import FORWARD, WHOLE
 from lightning_hetero.profile import ModelProfile
 from lightning_hetero.runtime.engine.record import Recording
 from lightning_hetero.runtime.engine.stepper import Stepper
+from lightning_hetero.runtime.held import Held
 from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import PlacedModel
 from lightning_hetero.runtime.reconcile import DeviceReconciler
@@ -26,6 +28,7 @@ from lightning_hetero.strategy.busy import BusyTable, busy_table
 from lightning_hetero.strategy.first_steps import MEASURE_AND_PLAN_S, FirstSteps, steps_left
 from lightning_hetero.strategy.online import Online
 from lightning_hetero.strategy.optimizers import (
+    StateFollows,
     check_optimizers,
     exchange_parameters,
     keep_state_beside_parameters,
@@ -52,6 +55,8 @@ class PlacingCore(ResumingCore, SpreadingCore):
     _reconciler: DeviceReconciler | None = None
     _stepper: Stepper | None = None
     _watch: Watch | None = None  # of steps, which may change the plan between them
+    _waiting: tuple[Plan, Held] | None = None  # what is to run once nobody holds parameters
+    _followers: StateFollows | None = None  # from the first change of plan in a run to its end
     _watchdog: Watchdog | None = None  # over the first steps, which do not run as the plan has them
     _measured: tuple[Planning, ModelProfile] | None = None
     _shown: object = None  # what was printed last
@@ -126,8 +131,18 @@ class PlacingCore(ResumingCore, SpreadingCore):
         if reconciler is not None:
             deactivate(reconciler)
         placed, self._placed = self._placed, None
-        if placed is not None:
-            exchange_parameters(self.optimizers, placed.release(device))
+        try:
+            if placed is not None:
+                exchange_parameters(self.optimizers, placed.release(device))
+        finally:
+            if device is not None:  # the run is over
+                self._end_following()
+
+    def _end_following(self) -> None:
+        self._waiting = None
+        followers, self._followers = self._followers, None
+        if followers is not None:
+            followers.close()
 
     def _show(self, trainer: Any) -> None:
         plan = self._plan
@@ -170,7 +185,15 @@ class PlacingCore(ResumingCore, SpreadingCore):
         self._place(plan)
         if self._placed is not before:
             self._begin(fitting=True)
+            self._lead_on()
         self._check()
+
+    def _lead_on(self) -> None:
+        """Let optimizers that only user code knows follow the parameters too."""
+        assert self.model is not None
+        if self._followers is None:
+            self._followers = StateFollows(self.model)
+        self._followers.moved()
 
     def _make_stepper(self) -> Stepper | None:
         """What runs training steps in micro-batches; None if they run once on the whole batch."""
@@ -197,8 +220,7 @@ class PlacingCore(ResumingCore, SpreadingCore):
     def _go_on(self, watch: Watch) -> None:
         """What the steps so far have to say before the next one."""
         module: Any = self.lightning_module
-        with self._guarded("measuring and planning after the first steps", MEASURE_AND_PLAN_S):
-            plan = new = watch.border(module if self.model is None else self.model)
+        plan = new = self._next_plan(watch, module if self.model is None else self.model)
         while plan is not None:
             try:
                 self._change(plan, module.trainer)
@@ -207,9 +229,38 @@ class PlacingCore(ResumingCore, SpreadingCore):
                 plan = watch.refused(error)
         if new is not None and watch.is_settled:
             self._show(module.trainer)
-        if watch.is_over:
+        if watch.is_over and self._waiting is None:
             self._dismiss_watchdog()
             self._watch = self._after(watch, module.trainer)
+
+    def _next_plan(self, watch: Watch, model: nn.Module) -> Plan | None:
+        """The plan to go over to; None to stay, which may be because user code holds parameters."""
+        assert self._plan is not None
+        if self._waiting is None:
+            with self._guarded("measuring and planning after the first steps", MEASURE_AND_PLAN_S):
+                plan = watch.border(model)
+            if plan is None or not self._matters_who_holds(plan):
+                return plan
+            devices = map(torch.device, (*self._plan.torch_devices, *plan.torch_devices))
+            self._waiting = plan, Held(model, devices)
+        plan, held = self._waiting
+        reason = held.reason()
+        if reason and not held.is_in_vain:
+            return None
+        self._waiting = None
+        if reason:
+            watch.stays(self._plan, reason)
+            return self._plan  # nobody has shown it yet if a trial came to it
+        return plan
+
+    def _matters_who_holds(self, plan: Plan) -> bool:
+        """Whether a graph over the parameters would not survive a change to the plan."""
+        assert self._plan is not None
+        assert self._placed is not None
+        if in_effect(self._plan) == in_effect(self._completed(plan)):
+            return False
+        is_cut = self._placed.engine is not None and self._placed.engine.cut_calls > 0  # its threads end
+        return is_cut or len({*self._plan.torch_devices, *plan.torch_devices}) > 1
 
     def _after(self, watch: Watch, trainer: Any) -> Watch | None:
         """What goes on watching when one is through."""
@@ -223,5 +274,5 @@ class PlacingCore(ResumingCore, SpreadingCore):
         return Online(watch.planning, watch.profile, self._plan, steps_left=left, recording=self.recording)
 
     def __getstate__(self) -> dict[str, Any]:
-        of_a_run = ("_placed", "_reconciler", "_stepper", "_watch", "_watchdog", "_measured")
+        of_a_run = ("_placed", "_reconciler", "_stepper", "_watch", "_waiting", "_followers", "_watchdog", "_measured")
         return {**super().__getstate__(), **dict.fromkeys(of_a_run)}

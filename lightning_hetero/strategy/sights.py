@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from lightning_hetero.runtime.assignments import kept_beside
 from lightning_hetero.strategy.device_stats import StatsOfAllDevices
 from lightning_hetero.strategy.profiling import ThreadsInProfile
 from lightning_hetero.strategy.pruning import PruningOverDevices
@@ -13,6 +15,8 @@ from lightning_hetero.strategy.summary import DevicesInSummary
 
 class Sights:
     """While they are open, Lightning's summary, device monitor, torch profiler and pruning see all devices.
+
+    What callbacks assign to `.data` of the model's parameters does not move these.
 
     Args:
         trainer: Whose callbacks and profiler these are.
@@ -27,8 +31,11 @@ class Sights:
             ThreadsInProfile(trainer.profiler, plan()),
             PruningOverDevices(trainer.callbacks, strategy.root_device),
         )
+        self._kept = ExitStack()
+        self._kept.enter_context(kept_beside(partial(getattr, strategy, "model")))
 
     def close(self) -> None:
         """Leave callbacks, accelerator and profiler as they were."""
         for part in self._parts:
             part.close()
+        self._kept.close()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Number, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.runtime.engine.notes import Noted
 from lightning_hetero.runtime.engine.step import weighted
-from lightning_hetero.runtime.engine.stepper import Noted, StepResult
+from lightning_hetero.runtime.engine.stepper import StepResult
 
 RECORDED = ("log",)
 """Methods of a LightningModule that micro-batches note, and that are called once for the batch."""
@@ -46,11 +48,11 @@ def _log(module: Any, name: str, entries: Sequence[tuple[int, Noted]], rows: Seq
     options = {key: value for key, value in calls[0].items() if key not in ("name", "value", "batch_size")}
     weights = [call.get("batch_size") or rows[index] for call, (index, _) in zip(calls, entries, strict=True)]
     values = [call["value"] for call in calls]
-    if not all(isinstance(value, (int, float, Tensor)) for value in values):
+    if not all(isinstance(value, (Number, Tensor)) for value in values):
         module.log(name, values[0], **options)  # a metric, which has been updated already
         return
     reduction = _REDUCTIONS.get(options.get("reduce_fx", "mean"))
-    tensors = [value if isinstance(value, Tensor) else torch.tensor(float(value)) for value in values]
+    tensors = [value if isinstance(value, Tensor) else torch.tensor(_plain(value)) for value in values]
     if reduction == "mean":
         value = weighted([tensor if tensor.is_floating_point() else tensor.float() for tensor in tensors], weights)
     elif reduction == "sum":
@@ -65,6 +67,11 @@ def _log(module: Any, name: str, entries: Sequence[tuple[int, Noted]], rows: Seq
     module.log(name, value, **options, batch_size=sum(weights))
 
 
+def _plain(value: Any) -> float | complex:
+    """A number of Python: NumPy has others."""
+    return float(value) if isinstance(value, Real) else complex(value)
+
+
 def _arguments(note: Noted) -> dict[str, Any]:
     return {**dict(zip(("name", "value"), note.args, strict=False)), **note.kwargs}
 
@@ -72,8 +79,9 @@ def _arguments(note: Noted) -> dict[str, Any]:
 def merged_output(result: StepResult) -> Any:
     """What `training_step` returns for the whole batch: the loss, and what stood beside it.
 
-    Tensors with the rows of their micro-batch are joined, scalars are averaged by rows, other values are those of the
-    last micro-batch, as if it had overwritten the others.
+    Tensors, arrays and lists with the rows of their micro-batch are joined, scalars with a fraction are averaged by
+    rows, dicts and tuples, and lists that have the same length whatever the rows, are merged item by item. Other
+    values, and what may be either, are those of the last micro-batch, as if it had overwritten the others.
     """
     last = result.outputs[-1]
     if not isinstance(last, Mapping):
@@ -87,10 +95,49 @@ def merged_output(result: StepResult) -> Any:
 
 
 def _merge(values: Sequence[Any], rows: Sequence[int]) -> Any:
-    if not all(isinstance(value, Tensor) for value in values):
-        return values[-1]
-    if all(value.dim() > 0 and value.shape[0] == count for value, count in zip(values, rows, strict=True)):
+    last = values[-1]
+    if not all(type(value) is type(last) for value in values):
+        return last
+    if isinstance(last, Tensor):
+        return _merged_tensors(values, rows)
+    if isinstance(last, (dict, list, tuple)):
+        return _merged_items(values, rows)
+    if isinstance(last, Real) and not isinstance(last, Integral):
+        same = all(value == last for value in values)
+        return last if same else sum(value * (count / sum(rows)) for value, count in zip(values, rows, strict=True))
+    if type(last).__name__ == "ndarray" and _have_rows(values, rows):
+        import numpy as np
+
+        return np.concatenate(values)
+    return last
+
+
+def _merged_tensors(values: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    if _have_rows(values, rows):
         return torch.cat(list(values))
     if all(value.dim() == 0 and value.is_floating_point() for value in values):
         return weighted(values, rows)
     return values[-1]
+
+
+def _have_rows(values: Sequence[Any], rows: Sequence[int]) -> bool:
+    return all(value.ndim > 0 and value.shape[0] == count for value, count in zip(values, rows, strict=True))
+
+
+def _merged_items(values: Sequence[Any], rows: Sequence[int]) -> Any:
+    last = values[-1]
+    if type(last) is dict:
+        same = all(value.keys() == last.keys() for value in values)
+        return {key: _merge([value[key] for value in values], rows) for key in last} if same else last
+    is_of_rows = type(last) is list and [len(value) for value in values] == list(rows)
+    columns = list(zip(*values, strict=False))
+    has_tensors_of_rows = any(isinstance(column[-1], Tensor) and _are_rows(column, rows) for column in columns)
+    if is_of_rows:
+        return last if has_tensors_of_rows else [item for value in values for item in value]
+    if type(last) not in (list, tuple) or any(len(value) != len(last) for value in values):
+        return last
+    return type(last)(_merge(column, rows) for column in columns)
+
+
+def _are_rows(values: Sequence[Any], rows: Sequence[int]) -> bool:
+    return all(isinstance(value, Tensor) for value in values) and _have_rows(values, rows)

@@ -92,6 +92,11 @@ class Watch:
         self._trial.drop()
         return self._end(self._trial) if self._trial.is_over else self._trial.plan
 
+    def stays(self, plan: Plan, reason: str) -> None:
+        """The plan that runs now cannot be left any more, so nothing else is tried."""
+        log.warning("the present plan stays, though another one was to run, because %s", reason)
+        self._trial, self._present, self.is_over = None, plan, True
+
     def close(self) -> None:
         """The run ends here, whatever is under way."""
 

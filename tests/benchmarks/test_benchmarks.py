@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 
 from lightning_hetero.testing import EmulatedAccelerator
 
+RunForked = Callable[..., "subprocess.CompletedProcess[str]"]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHARED = {
     "elastic_training.py",
@@ -155,18 +155,13 @@ def test_every_benchmark_is_run_here_and_explained() -> None:
 
 @pytest.fixture(scope="module")
 def quick_runs(
-    accelerator: EmulatedAccelerator, tmp_path_factory: pytest.TempPathFactory
+    accelerator: EmulatedAccelerator, tmp_path_factory: pytest.TempPathFactory, run_forked: RunForked
 ) -> dict[str, subprocess.CompletedProcess[str]]:
     """A quick run of each, three at a time: nobody asks how fast they are, and many sleep most of the time."""
 
     # `accelerator` compiles the emulated accelerator if need be, so that it is there when a benchmark asks for it.
     def run(name: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(BENCHMARKS / name), "--quick"]
-        environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
-        folder = tmp_path_factory.mktemp(name)
-        return subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=300
-        )
+        return run_forked(str(BENCHMARKS / name), "--quick", folder=tmp_path_factory.mktemp(name), OMP_NUM_THREADS="1")
 
     with ThreadPoolExecutor(3) as pool:
         return dict(zip(FIGURES, pool.map(run, FIGURES), strict=True))

@@ -288,11 +288,11 @@ def test_what_a_forward_leaves_in_its_module_is_not_lost(
 
 
 class Later(Linear):
-    """Begins to leave something in the middle of training, where no flag tells that it will."""
+    """Begins to leave something in the middle of training, where nothing that is looked into tells that it will."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
-        self.begins = [False]
+        self.begins = bytearray(1)
         self.what = what
         self.rows: int | None = None
         self.register_buffer("count", torch.zeros(1, dtype=torch.float64))

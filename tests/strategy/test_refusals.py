@@ -172,7 +172,9 @@ def test_a_plan_that_was_predicted_to_need_more_than_there_is_here_says_so(
     name = plan.used[-1].name
     device = DeviceForecast(device=name, busy_s=1.0, transfer_s=0.0, memory_bytes=1 << 60, limit_bytes=1 << 61)
     path = tmp_path / "plan.json"
-    path.write_text(replace(plan, forecast=Forecast(step_s=1.0, devices=(device,), bottleneck="", estimated=True)).to_json())
+    path.write_text(
+        replace(plan, forecast=Forecast(step_s=1.0, devices=(device,), bottleneck="", estimated=True)).to_json()
+    )
     again = hetero(max_epochs=1, strategy={"plan": path})
     again.fit(Classifier(), data())
     text = f"it was predicted to need 1024 PiB on {name}, which has "

@@ -28,14 +28,24 @@ The pieces, from the bottom up::
     gradient_trial  the same for gradients
     refused         methods that mean a whole batch
     verdict         whether a region may be cut, found out by a trial
+    readings        contents of tensors that code has read during a trial, looked at again before each call
+    overlap         outputs that share memory
+    evaluating      modes that are in effect during a trial
+    settings        values by which code may decide
     key             what a verdict depends on
+    surroundings    settings, attributes and globals as they were, for a second forward
     call            what calls of regions and whole steps have in common
     region          one pipelined call of a region, forward and backward
     turnstile       micro-batches one after the other, where their order matters
+    gate            metrics, used by micro-batches in their order
+    handed_on       methods of the whole batch that parts of a model were given
+    notes           calls of such methods, noted for each micro-batch
+    meanwhile       what a step changes for a while
     twin            a `self` for each micro-batch
     step            one training step in micro-batches
     stepper         all steps of a run: rehearsal, then lanes
     replicas        a placed module on other devices: copies of parameters, twins of modules
     intercept       how calls of user code get here
+    ended           what is left when an engine is closed
     engine          all of it for one placed model
 """

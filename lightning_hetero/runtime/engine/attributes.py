@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _MISSING = object()
+_LEFT_ALONE = object()  # stands for a value that is not put back
 
 
 class Attributes:
@@ -35,7 +36,7 @@ class Attributes:
             if not _same(module.__dict__, attributes):
                 change = f"changes the attribute {_first(module.__dict__, attributes)!r} of {type(module).__name__}"
                 _set(module.__dict__, attributes)
-            if not _same(module._buffers, buffers):
+            if not _are_identical(module._buffers, buffers):
                 change = f"changes the buffer {_first(module._buffers, buffers)!r} of {type(module).__name__}"
                 _set(module._buffers, buffers)
         return change
@@ -50,12 +51,35 @@ class Attributes:
         finally:
             now.put_back()
 
+    def without_graphs(self) -> Attributes:
+        """The same, to be kept for a backward, without the tensors that have a graph: these stay what they are by then.
+
+        A module that has its last output in an attribute would else keep the graphs of all calls, each by the next one.
+        """
+        if not any(Tensor in map(type, attributes.values()) for _, attributes, _ in self._before):
+            return self
+        kept = Attributes(())
+        kept._before = [(module, _without_graphs(attributes), buffers) for module, attributes, buffers in self._before]
+        return kept
+
+
+def _without_graphs(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _LEFT_ALONE if isinstance(value, Tensor) and value.grad_fn is not None else value
+        for key, value in attributes.items()
+    }
+
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
     try:
         return bool(now == before)  # which looks at objects first, and at nothing else as long as they are the same
     except Exception:  # of tensors, which have no one answer, and of user code: they are others
         return False
+
+
+def _are_identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether they are the same tensors: a copy with the same content is another one."""
+    return now.keys() == before.keys() and all(now[key] is before[key] for key in before)
 
 
 def _first(now: dict[str, Any], before: dict[str, Any]) -> str:
@@ -65,4 +89,4 @@ def _first(now: dict[str, Any], before: dict[str, Any]) -> str:
 def _set(now: dict[str, Any], before: dict[str, Any]) -> None:
     for key in [key for key in now if key not in before]:
         del now[key]
-    now.update(before)
+    now.update({key: value for key, value in before.items() if value is not _LEFT_ALONE})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
+from operator import gt
 from typing import Any, NamedTuple
 
 import torch
@@ -44,28 +45,37 @@ class Size(NamedTuple):
 
     Attributes:
         rows: Its rows.
-        per_row: Numbers in each of them.
+        per_row: Of each tensor, the numbers in each of them, and its other dimensions; of one that is not cut, nothing.
     """
 
     rows: int
-    per_row: int
+    per_row: tuple[tuple[int, ...], ...]
 
     def is_within(self, other: Size) -> bool:
-        """Whether neither is more than in another batch."""
-        return self.rows <= other.rows and self.per_row <= other.per_row
+        """Whether nothing is more than in another batch."""
+        if self.rows > other.rows or len(self.per_row) != len(other.per_row):
+            return False
+        return self.per_row == other.per_row or all(
+            len(a) == len(b) and not any(map(gt, a, b)) for a, b in zip(self.per_row, other.per_row, strict=True)
+        )
 
     def joined(self, other: Size) -> Size:
         """The larger one of each."""
-        return Size(max(self.rows, other.rows), max(self.per_row, other.per_row))
+        both = zip_longest(self.per_row, other.per_row, fillvalue=())
+        per_row = (tuple(max(pair) for pair in zip_longest(a, b, fillvalue=0)) for a, b in both)
+        return Size(max(self.rows, other.rows), tuple(per_row))
 
 
-NO_SIZE = Size(0, 0)
+NO_SIZE = Size(0, ())
 
 
 def size_of(cut: Cut, tensors: Sequence[Tensor]) -> Size:
     """How large the batch among the inputs is."""
     rows = cut.rows(tensors) or 0
-    return Size(rows, sum(tensors[place].numel() for place in cut.positions) // max(rows, 1))
+    per_row: list[tuple[int, ...]] = [()] * len(tensors)
+    for place in cut.positions:
+        per_row[place] = (tensors[place].numel() // max(rows, 1), *tensors[place].shape[1:])
+    return Size(rows, tuple(per_row))
 
 
 def candidates(tensors: Sequence[Tensor]) -> list[Cut]:
@@ -110,6 +120,19 @@ def cut_rows(obj: Any, rows: int, start: int, stop: int) -> Any:
         values = {f.name: cut_rows(getattr(obj, f.name, None), rows, start, stop) for f in dataclasses.fields(obj)}
         return with_fields(obj, values)
     return obj
+
+
+def has_item_for_each_row(obj: Any, rows: int) -> bool:
+    """Whether there is a list or tuple somewhere in a structure that has a value, and no tensor, for each row."""
+    if isinstance(obj, dict):
+        return any(has_item_for_each_row(value, rows) for value in obj.values())
+    if isinstance(obj, (list, tuple)) and not isinstance(obj, torch.Size):
+        if len(obj) == rows and not hasattr(obj, "_fields") and not any(Tree(item).tensors for item in obj):
+            return True
+        return any(has_item_for_each_row(item, rows) for item in obj)
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return any(has_item_for_each_row(getattr(obj, f.name, None), rows) for f in dataclasses.fields(obj))
+    return False
 
 
 def _has_rows(obj: Any, rows: int) -> bool:

@@ -11,6 +11,7 @@ from lightning_hetero.runtime.engine.batch import Cut
 
 _FINE_STEP = 1e-6  # steps of rounding above this are too coarse to tell a small coupling from rounding
 STEPS = 256  # steps of rounding by which the same may differ if it was computed in another order
+_FAR = 1e3  # how much larger rows are than the others, for code that has a rule for large numbers
 _SAMPLE = 1 << 20  # elements that the scale of a tensor is taken from
 
 
@@ -40,14 +41,31 @@ def same(found: Tensor, expected: Tensor, precision: Sequence[torch.dtype]) -> b
     return _within(found, expected, STEPS * step if step < _FINE_STEP else 0.0)
 
 
-def with_other_rows(tensors: Sequence[Tensor], cut: Cut, start: int, stop: int) -> list[Tensor]:
-    """The inputs with one row in the place of all from `start` to before `stop`, half as large if it is real."""
+def with_other_rows(
+    tensors: Sequence[Tensor], cut: Cut, start: int, stop: int, *, are_far: bool = False
+) -> list[Tensor]:
+    """The inputs with one row in the place of all from `start` to before `stop`, with other numbers if they are real.
+
+    Args:
+        tensors: The inputs.
+        cut: Which of them are cut.
+        start: The first row that is replaced, by others like it.
+        stop: The end.
+        are_far: Whether numbers are much larger, and none of them zero; else they are half as large.
+    """
     result = list(tensors)
     for place in cut.positions:
         result[place] = changed = tensors[place].clone()
         row = changed[start : start + 1].clone()
-        changed[start:stop] = row * 0.5 if row.is_floating_point() or row.is_complex() else row
+        if row.is_floating_point() or row.is_complex():
+            row = row * _FAR + _FAR if are_far else row * 0.5
+        changed[start:stop] = row
     return result
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither an infinity in it nor what is no number."""
+    return bool(as_real(tensor).isfinite().all())
 
 
 def rounding_step(tensor: Tensor, precision: Sequence[torch.dtype]) -> float:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +28,19 @@ _FOREIGN = frozenset(
         "lightning_hetero",
         "builtins",
         "logging",
+        "numba",
+        "pathlib",
         "pytorch_lightning",
         "threading",
         "torch",
+        "triton",
         "weakref",
     }
 )
 _CLOSED = (type, nn.Module, Dataset, DataLoader, str, bytes, int, float, complex, type(None))
+# Code, whose attributes say something about it, and classes; other objects that can be called may keep state.
+_CODE = (type, FunctionType, BuiltinFunctionType, MethodType, functools.partial, type(functools.cache(len)))
+_SLOTS: WeakKeyDictionary[type, dict[str, MemberDescriptorType]] = WeakKeyDictionary()
 LARGE = 64
 _MOST_THINGS = 20_000
 _MOST_BYTES = 64 << 20  # of a tensor or array inside of something else that is copied
@@ -43,7 +53,7 @@ class Thing(NamedTuple):
         module: Name of the module that has it.
         key: Name of the module's attribute that leads to it.
         value: The thing.
-        content: What was in it, as `content` gave it.
+        content: What was in it, as `content` gave it; None for an iterator, of which nobody knows how far it is.
     """
 
     module: str
@@ -74,11 +84,14 @@ def things(
             yield found
         elif isinstance(found, tuple):
             todo += found
+        elif isinstance(found, MethodType):
+            todo.append(found.__self__)
+        elif isinstance(found, functools.partial):
+            todo += (found.func, *found.args, *found.keywords.values())
         else:
             kept = content(found, may_be_large=may_be_large and found is value)
-            if kept is None:
-                continue
-            yield Thing(module, key, found, kept)
+            if kept is not None or is_iterator(found):
+                yield Thing(module, key, found, kept)
             if isinstance(kept, dict):
                 todo += kept.values()
             elif isinstance(kept, (list, set, deque)):
@@ -104,7 +117,7 @@ def content(value: Any, *, may_be_large: bool) -> Any:
             return value.copy() if value.nbytes <= _MOST_BYTES else None
         if isinstance(value, numpy.random.Generator):
             return copy.deepcopy(value.bit_generator.state)
-    return dict(vars(value)) if is_open(value) else None
+    return members(value) if is_open(value) else None
 
 
 def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
@@ -128,7 +141,7 @@ def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
     if isinstance(value, set):
         return bool(value == kept)
     if is_open(value):
-        now = vars(value)
+        now = members(value)
         return now.keys() == kept.keys() and all(now[key] is kept[key] for key in kept)
     if quickly:
         return True
@@ -159,8 +172,7 @@ def put_back(value: Any, kept: Any) -> None:
     elif isinstance(value, random.Random):
         value.setstate(kept)
     elif is_open(value):
-        vars(value).clear()
-        vars(value).update(kept)
+        _set_members(value, kept)
     elif type(value).__name__ == "ndarray":
         value[...] = kept
     else:
@@ -188,9 +200,48 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 def is_open(value: Any) -> bool:
-    """Whether it is an object of user code with attributes of its own."""
-    has_state = isinstance(value, random.Random)
-    return not (has_state or callable(value)) and hasattr(value, "__dict__") and is_users(type(value))
+    """Whether it is an object of user code with attributes of its own, which may be one that can be called."""
+    if isinstance(value, (random.Random, nn.Module, *_CODE)):
+        return False
+    return is_users(type(value)) and (hasattr(value, "__dict__") or bool(_slots(type(value))))
+
+
+def is_iterator(value: Any) -> bool:
+    """Whether it goes on where it is asked and cannot be put back: a generator, `itertools.cycle`, a `map`."""
+    return isinstance(value, Iterator) and not isinstance(value, io.IOBase) and not is_open(value)
+
+
+def members(value: Any) -> dict[str, Any]:
+    """The attributes of an object, those in `__slots__` too."""
+    found = dict(getattr(value, "__dict__", ()))
+    for name, slot in _slots(type(value)).items():
+        try:
+            found[name] = slot.__get__(value)
+        except AttributeError:  # that has no value yet
+            continue
+    return found
+
+
+def _set_members(value: Any, kept: dict[str, Any]) -> None:
+    slots = _slots(type(value))
+    for name, slot in slots.items():  # not by `setattr`, which a class may forbid or change
+        if name in kept:
+            slot.__set__(value, kept[name])
+        elif name in members(value):
+            slot.__delete__(value)
+    if hasattr(value, "__dict__"):
+        vars(value).clear()
+        vars(value).update({name: each for name, each in kept.items() if name not in slots})
+
+
+def _slots(kind: type) -> dict[str, MemberDescriptorType]:
+    """What a class of user code and its bases have in `__slots__`, by the name that it has in the class."""
+    known = _SLOTS.get(kind)
+    if known is None:
+        bases = [base for base in kind.__mro__[::-1] if "__slots__" in vars(base) and is_users(base)]
+        found = [(name, slot) for base in bases for name, slot in vars(base).items()]
+        known = _SLOTS[kind] = {name: slot for name, slot in found if isinstance(slot, MemberDescriptorType)}
+    return known
 
 
 def is_users(thing: Any) -> bool:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lightning_hetero.runtime.compiled import is_compiled
 from lightning_hetero.runtime.emulate import Pace
 from lightning_hetero.runtime.engine.attributes import Attributes
-from lightning_hetero.runtime.engine.batch import size_of
+from lightning_hetero.runtime.engine.batch import has_item_for_each_row, size_of
 from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.ended import EndedThreads
 from lightning_hetero.runtime.engine.intercept import Region
 from lightning_hetero.runtime.engine.interceptions import Interceptions
 from lightning_hetero.runtime.engine.record import Recorder
@@ -33,6 +34,7 @@ from lightning_hetero.runtime.engine.state import (
     stays_in_its_thread,
 )
 from lightning_hetero.runtime.engine.streams import Generators
+from lightning_hetero.runtime.engine.surroundings import Surroundings
 from lightning_hetero.runtime.engine.threads import Threads
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.verdict import Trial, Verdict
@@ -129,11 +131,12 @@ class Engine:
             self.interceptions.install(layout)
 
     def close(self) -> None:
-        """Take all interceptions off and end the threads."""
+        """Take all interceptions off and end the threads. A backward that comes later is an error."""
         self.interceptions.remove()
         for call in list(self.running):
             call.abandon()
         self.threads.close()
+        self.threads = EndedThreads(self.threads, self.running)
 
     def pipeline(self, micro_batches: int) -> Pipeline:
         """The stages of the model, in order of definition, as schedules see them."""
@@ -213,6 +216,10 @@ class Engine:
         rows = verdict.cut.rows(given.tensors)
         if rows is None:
             return None  # a batch of another shape than the one that was tried
+        if has_item_for_each_row((args, kwargs), rows):
+            self._note(region, "it is called with a list that has an item for each row, and is not cut with them")
+            return None
+        modules = [*modules, *region.keys.hidden]
         normalised = list(filter(uses_batch, modules))
         parts = self.split(rows)
         if normalised and min(parts) < 2:  # a single value has no variance
@@ -245,12 +252,12 @@ class Engine:
             upstream=verdict.upstream,
             buffers=_own(module._buffers for module in modules),
             again=Again(
-                trainable,
                 [*parameters, *_own(module._buffers for module in modules if module not in normalised)],
-                attributes,
+                Surroundings(modules, attributes),
             )
-            if self.rematerialize
+            if torch.is_grad_enabled()
             else None,
+            rematerialized=trainable if self.rematerialize else None,
         )
         return RegionCall(self, task), states, attributes
 
@@ -295,12 +302,13 @@ class Engine:
     ) -> Verdict:
         if "global_step" in region.names:
             return Verdict(None, "its forward names global_step, and so may do something else in any step")
-        key = (
-            region.keys.of(modules, given, self._around(), always="current_epoch" in region.names),
-            tuple(map(id, trainable)) if self.rematerialize else (),
-        )
+        key = region.keys.of(modules, given, trainable, self._around(), always="current_epoch" in region.names)
+        if (name := region.keys.changing) is not None:
+            may_differ = "which keeps changing, so that it may do something else in any step"
+            return Verdict(None, f"its forward reads {name!r}, {may_differ}")
         region.calls += 1
-        verdict = known = region.verdicts.get(key)
+        kept = region.verdicts.get(key)
+        verdict = known = None if kept is None else kept.on(given.tensors)
         # Code may have a rule for batches, or rows, from some size on.
         if verdict is not None and (verdict.cut is None or size_of(verdict.cut, given.tensors).is_within(verdict.size)):
             return verdict
@@ -325,7 +333,7 @@ class Engine:
         elif known is not None and not verdict.final:  # such as a batch of one row: nothing new
             return verdict
         if verdict.final or region.tries[key] >= _MOST_TRIES:
-            region.verdicts[key] = verdict
+            region.verdicts[key] = verdict.beside(kept, given.tensors)
             for old in list(region.verdicts)[:-_MOST_VERDICTS]:
                 del region.verdicts[old]
         for unit in watch.units:

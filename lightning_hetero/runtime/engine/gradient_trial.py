@@ -1,18 +1,21 @@
 """Comparison of the gradients of a few rows with the sums of those of their parts.
 
 Outputs may agree while gradients do not: a gate that is zero at first hides a coupling, and a custom backward may have
-one of its own.
+one of its own. A gate may be a buffer, too, or a state for each row that is zero at first. So what the module has and
+does not train gets a gradient for as long as the trial takes, and so does what is looked up by whole numbers: of equal
+tokens, gradients may add up to nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.runtime.engine.batch import Cut
 from lightning_hetero.runtime.engine.comparison import STEPS, as_real
@@ -27,6 +30,7 @@ _MOST_ROWS = 4  # rows whose gradients are compared
 _MOST_BYTES = 1 << 30  # of gradients at once
 _SKETCH = 1 << 12  # elements of a gradient that are compared
 _TRIES = 3  # with other rows each time
+_LOOKING_UP = frozenset({"double", "embedding", "float", "half", "to", "type"})
 _KINK = 0.03  # of a gradient: how far one activation at a kink may throw it off
 
 
@@ -38,6 +42,8 @@ class GradientTrial:
         given: The tensors among its inputs, as user code gave them.
         parameters: The parameters of the module that need a gradient.
         precision: Dtypes that autocast computes in.
+        constants: Other tensors that the module has: buffers, frozen parameters, tensors in attributes.
+        records: Whether gradients are recorded in the call of user code.
 
     Attributes:
         traced: Places of the outputs that have a graph in the call of user code, once `adds_up` was called.
@@ -45,12 +51,23 @@ class GradientTrial:
     """
 
     def __init__(
-        self, run: Run, given: Sequence[Tensor], parameters: Sequence[Tensor], precision: Sequence[torch.dtype]
+        self,
+        run: Run,
+        given: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        precision: Sequence[torch.dtype],
+        constants: Iterable[Tensor] = (),
+        *,
+        records: bool = True,
     ) -> None:
         self._run = run
         self._given = given
         self._parameters = parameters
         self._precision = precision
+        self._constants = [tensor for tensor in constants if _may_have_gradient(tensor)]
+        self._lent: frozenset[int] = frozenset()  # `id` of those that have a gradient now
+        self._adds_leaves = False
+        self._records = records
         self.traced: tuple[int, ...] = ()
         self.upstream: tuple[int, ...] = ()
 
@@ -69,6 +86,14 @@ class GradientTrial:
         Raises:
             CannotCutError: All runs share a graph: some tensor comes into the module by another way than its inputs.
         """
+        with torch.inference_mode(False):
+            tensors = [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
+            # Not everything may have a gradient, such as statistics of a normalisation.
+            with suppress(Exception), self._lending():
+                return self._adds_up(tensors, cut, rows)
+            return self._adds_up(tensors, cut, rows)
+
+    def _adds_up(self, tensors: Sequence[Tensor], cut: Cut, rows: int) -> bool:
         for start in range(0, _TRIES * _MOST_ROWS, _MOST_ROWS):
             count = min(rows - start, _MOST_ROWS)
             if start and count < 2:
@@ -78,27 +103,49 @@ class GradientTrial:
                 return error == 0.0
         return False
 
+    @contextmanager
+    def _lending(self) -> Iterator[None]:
+        """Within the block the constants have gradients, and what is looked up."""
+        try:
+            self._adds_leaves = True
+            for tensor in self._constants:
+                tensor.requires_grad_(True)
+            self._lent = frozenset(map(id, self._constants))
+            yield
+        finally:
+            self._lent = frozenset()
+            self._adds_leaves = False
+            for tensor in self._constants:
+                tensor.requires_grad_(False)
+
     def _error(self, tensors: Sequence[Tensor], cut: Cut, start: int, rows: int) -> float:
         """How far the sums of parts are from the gradients of some rows, relative to these; 0 up to rounding."""
         with torch.enable_grad(), _without_cached_casts():
             head, tail, whole = (
-                _Run(self._run, cut.take(tensors, start + a, start + b)) for a, b in ((0, 1), (1, rows), (0, rows))
+                _Run(self._run, cut.take(tensors, start + a, start + b), self._adds_leaves)
+                for a, b in ((0, 1), (1, rows), (0, rows))
             )
             if not head.nodes.isdisjoint(tail.nodes):
                 raise CannotCutError("it uses a tensor with a graph that is not one of its inputs")
             self._note_traced(whole)
-            known = {id(leaf) for leaf in whole.inputs}
-            leaves = {id(leaf): leaf for leaf in (*self._parameters, *whole.leaves) if id(leaf) not in known}
+            known = {id(leaf) for leaf in (*whole.inputs, *whole.added)}
+            reached = [*whole.leaves, *(leaf for leaf in (*head.leaves, *tail.leaves) if id(leaf) in self._lent)]
+            leaves = {id(leaf): leaf for leaf in (*self._parameters, *reached) if id(leaf) not in known}
             parts = [run.gradients([*leaves.values()], first, rows) for run, first in ((head, 0), (tail, 1))]
             expected = whole.gradients([*leaves.values()], 0, rows)
         found = [
             torch.cat([a, b]) if place in cut.positions and a.dim() else a + b
             for place, (a, b) in enumerate(zip(*parts, strict=True))
         ]
-        return self._distance(found, expected)
+        is_lent = [id(leaf) in self._lent for leaf in (*whole.inputs, *leaves.values())]
+        added = list(_joined(head.of_added, tail.of_added, whole.of_added))
+        found += [joined for joined, _ in added]
+        expected += [gradient for _, gradient in added]
+        return self._distance(found, expected, is_lent + [True] * len(added))
 
     def _note_traced(self, whole: _Run) -> None:
         needed = {id(leaf) for leaf, given in zip(whole.inputs, self._given, strict=True) if not given.requires_grad}
+        needed |= self._lent.union(map(id, whole.added))
         self.traced = tuple(
             place
             for place, output in whole.outputs
@@ -113,16 +160,24 @@ class GradientTrial:
             and any(output.grad_fn in nodes for last, nodes in graphs if last is not output.grad_fn)
         )
 
-    def _distance(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    def _distance(self, found: Sequence[Tensor], expected: Sequence[Tensor], lent: Sequence[bool]) -> float:
         dtypes = {leaf.dtype for leaf in (*self._parameters, *self._given) if leaf.is_floating_point()}
         step = max(torch.finfo(dtype).eps for dtype in (torch.float64, *dtypes, *self._precision))
-        sizes = [float(each.abs().max()) if each.numel() else 0.0 for each in expected]
-        # A gradient may be nothing but rounding, as that of a bias before a softmax: so the others count, too.
-        noise = min(STEPS * step, step**0.5) * max(sizes, default=0.0)
+        pairs = [
+            # Nobody may ever ask for these, and that of a root is infinite at zero.
+            _where_finite(a, b) if is_lent or not self._records else (a, b)
+            for a, b, is_lent in zip(found, expected, lent, strict=True)
+        ]
+        sizes = [float(b.abs().max()) if b.numel() else 0.0 for _, b in pairs]
+        # A gradient may be nothing but rounding, as that of a bias before a softmax: so the others count, too. Those
+        # that user code does not ask for may be huge, and must not hide the others.
+        factor = min(STEPS * step, step**0.5)
+        noise_of_all = factor * max(sizes, default=0.0)
+        noise = factor * max((size for size, is_lent in zip(sizes, lent, strict=True) if not is_lent), default=0.0)
         farthest = 0.0
-        for a, b, size in zip(found, expected, sizes, strict=True):
+        for (a, b), size, is_lent in zip(pairs, sizes, lent, strict=True):
             distance = (a - b).abs()
-            if not bool((distance <= step**0.5 * size + noise).all()):
+            if not bool((distance <= step**0.5 * size + (noise_of_all if is_lent else noise)).all()):
                 relative = float(distance.max()) / size if size else math.inf
                 farthest = max(farthest, math.inf if math.isnan(relative) else relative)
         return farthest
@@ -136,18 +191,24 @@ class _Run:
         outputs: Places and outputs that have a graph.
         leaves: The leaves that these depend on.
         nodes: The inner nodes of their graph.
+        added: Leaves that were added to what was looked up.
+        of_added: Their gradients.
     """
 
-    def __init__(self, run: Run, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, run: Run, tensors: Sequence[Tensor], adds_leaves: bool) -> None:
         self.inputs = [t.detach().requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
-        outputs = Tree(run(self.inputs)).tensors
+        adding = _AddedLeaves()
+        with adding if adds_leaves else nullcontext():
+            outputs = Tree(run(self.inputs)).tensors
+        self.added = adding.leaves
+        self.of_added: list[Tensor] = []
         self.outputs = [(place, output) for place, output in enumerate(outputs) if output.requires_grad]
         _, self.leaves, self.nodes = walk([output for _, output in self.outputs])
 
     def gradients(self, leaves: Sequence[Tensor], start: int, rows: int) -> list[Tensor]:
         """Of each gradient as much as is compared: first those of the inputs, then those of other leaves."""
-        whole = set(map(id, self.inputs))
-        wanted = [leaf for leaf in (*self.inputs, *leaves) if leaf.requires_grad]
+        whole = set(map(id, (*self.inputs, *self.added)))
+        wanted = [leaf for leaf in (*self.inputs, *self.added, *leaves) if leaf.requires_grad]
         groups = list(_groups(wanted)) if self.outputs else []
         outputs = [output for _, output in self.outputs]
         given = [_direction(output, place, start, rows) for place, output in self.outputs]
@@ -158,9 +219,50 @@ class _Run:
                 for leaf, gradient in zip(group, result, strict=True):
                     if gradient is not None:
                         found[id(leaf)] = _whole(gradient) if id(leaf) in whole else _sketch(gradient)
-        zeros = {id(leaf): _whole(torch.zeros_like(leaf)) for leaf in self.inputs if leaf.requires_grad}
+        zeros = {id(leaf): _whole(torch.zeros_like(leaf)) for leaf in (*self.inputs, *self.added) if leaf.requires_grad}
+        self.of_added = [found.get(id(leaf), zeros[id(leaf)]) for leaf in self.added]
         nothing = torch.zeros((), device="cpu", dtype=torch.float64)
         return [found.get(id(leaf), zeros.get(id(leaf), nothing)) for leaf in (*self.inputs, *leaves)]
+
+
+class _AddedLeaves(TorchFunctionMode):
+    """While active, leaves of zeros are added to the real numbers that are made of whole ones, as by an embedding.
+
+    Attributes:
+        leaves: The leaves, in the order of operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, and add a leaf to what it has looked up."""
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in _LOOKING_UP or not torch.is_grad_enabled():
+            return result
+        given = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Tensor)]
+        if not (isinstance(result, Tensor) and result.is_floating_point() and any(map(_is_whole_numbers, given))):
+            return result
+        leaf = torch.zeros_like(result, requires_grad=True)
+        self.leaves.append(leaf)
+        return result + leaf
+
+
+def _is_whole_numbers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+
+
+def _joined(head: Sequence[Tensor], tail: Sequence[Tensor], whole: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients of added leaves: those of both parts together, and those of the whole."""
+    if not len(head) == len(tail) == len(whole):
+        return
+    for a, b, expected in zip(head, tail, whole, strict=True):
+        if a.dim() and a.shape[1:] == b.shape[1:] == expected.shape[1:]:
+            if len(a) + len(b) == len(expected):
+                yield torch.cat([a, b]), expected
+            elif len(a) == len(b) == len(expected):  # something that all rows share, such as positions
+                yield a + b, expected
 
 
 def _groups(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -197,6 +299,18 @@ def _sketch(gradient: Tensor) -> Tensor:
         return gradient._values().sum(0).double().cpu()  # which rows it has differs between parts, the sum does not
     flat = as_real(gradient.detach()).flatten()
     return flat[:: -(-flat.numel() // _SKETCH)].double().cpu()
+
+
+def _may_have_gradient(tensor: Tensor) -> bool:
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not is_plain or tensor.is_inference() or tensor.is_meta or tensor.requires_grad:
+        return False
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _where_finite(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    kept = expected.isfinite()
+    return (found, expected) if found.shape != expected.shape or bool(kept.all()) else (found[kept], expected[kept])
 
 
 @contextmanager

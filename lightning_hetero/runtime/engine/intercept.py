@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -312,53 +311,6 @@ class BlockRegion(Region):
     def remove(self) -> None:
         """The unit gives it back."""
         self._unit.region = None
-
-
-class Gate:
-    """Lets micro-batches use a module in order: a metric, whose state every call changes.
-
-    Args:
-        module: The module; its calls, and its method `update` if it has one, pass the gate.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._update: Callable[..., Any] | None = getattr(module, "update", None)
-        self._had_update = "update" in module.__dict__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's call, when it is this micro-batch's turn."""
-        with self._turn():
-            return self._module._call_impl(*args, **kwargs)
-
-    def install(self) -> None:
-        """Take the place of the module's calls."""
-        self._module.__dict__[_CALL] = self
-        if self._update is not None:
-            self._module.__dict__["update"] = self.update
-
-    def remove(self) -> None:
-        """Give it back."""
-        if self._module.__dict__.get(_CALL) is self:
-            del self._module.__dict__[_CALL]
-        if self._update is not None:
-            if self._had_update:
-                self._module.__dict__["update"] = self._update
-            else:
-                self._module.__dict__.pop("update", None)
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's update, when it is this micro-batch's turn."""
-        assert self._update is not None
-        with self._turn():
-            return self._update(*args, **kwargs)
-
-    def _turn(self) -> AbstractContextManager[None]:
-        lane = calling_lane()
-        return nullcontext() if lane is None else lane.call.passing(lane, id(self._module))
-
-    def __reduce__(self) -> Any:
-        return _nothing, ()
 
 
 def _nothing() -> None:

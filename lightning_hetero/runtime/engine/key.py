@@ -2,65 +2,104 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator, Sequence
-from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_hetero.runtime.engine.contents import is_open
+from lightning_hetero.runtime.engine.settings import FLAGS, Settings
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.watch import HOOKS
 
-_FLAGS = (bool, int, float, str, Enum, type(None))
 _MOST_VALUES = 8  # of one flag; with more it is taken for a number that keeps changing
 _MOST_AROUND = 2  # the same for values around the module: a step counts on for sure
 _PAUSE = 64  # calls before the second new trial for one that keeps changing; twice as many before the third, and so on
-_EVERY_MODULE_HAS = frozenset(vars(nn.Module())) - {"training"}
+_MOST_KEYS = 1024  # that are remembered
 
 
 class Keys:
     """Makes keys for the calls of one region.
 
     A module may do something else if an attribute or an argument says so (a mode, a switch, the epoch). So a key has
-    the values of all flags, numbers and texts, those in objects such as `self.config` too, and there is a trial for
-    each. Where one of them keeps changing (a counter of steps, the rate of a schedule) that would be a trial at every
-    call; such a one gets a trial now and then.
+    the values of all flags, numbers and texts, those in objects such as `self.config`, in globals and in the classes
+    of the modules too, and there is a trial for each. Where one of them keeps changing (a counter of steps) that would
+    be a trial at every call. If the code reads it, the region runs whole at each further value; else, and if it is an
+    argument or the rate of a schedule, it gets a trial now and then.
+
+    Attributes:
+        hidden: Modules that were found in attributes at the last call, beside those of the region.
+        changing: Name of a value that keeps changing, that the code reads, and that is another one at the last call
+            than at all that were tried; None if there is none.
     """
 
     def __init__(self) -> None:
+        self.hidden: Sequence[nn.Module] = ()
+        self.changing: str | None = None
         self._calls = 0
+        self._settings = Settings()
         self._values: dict[Hashable, set[Any]] = {}
         self._changing: dict[Hashable, _Changing] = {}
+        self._last: tuple[Any, ...] = ()
+        self._last_key = -1
+        self._keys: dict[Hashable, int] = {}  # short ones: to hash a long one takes longer than to compare it
+        self._numbers = itertools.count()
 
     def of(
-        self, parts: Sequence[nn.Module], given: Tree, around: Sequence[Hashable] = (), *, always: bool = False
+        self,
+        parts: Sequence[nn.Module],
+        given: Tree,
+        trainable: Sequence[Tensor],
+        around: Sequence[Hashable] = (),
+        *,
+        always: bool = False,
     ) -> Hashable:
         """The key of a call.
 
         Args:
             parts: The modules of the region.
             given: Its inputs.
+            trainable: Its parameters that gradients are computed for.
             around: Other values that user code may decide by.
             always: Whether the first of these makes another key with each new value.
         """
         self._calls += 1
-        hooks = tuple([(id(part), *[len(getattr(part, kind)) for kind in HOOKS]) for part in parts])
-        flags = [
-            self._flag((index, name), value)
-            for index, part in enumerate(parts)
-            for name, value in part.__dict__.items()
-            if name not in _EVERY_MODULE_HAS and isinstance(value, _FLAGS)
-        ]
-        flags += [self._flag((id(members), name), value) for members, name, value in _settings(parts)]
+        found = self._settings.look(parts)
+        modules = found.modules
+        self.hidden = modules[len(parts) :]
+        trained = [id(each) for part in self.hidden for each in part._parameters.values() if _is_trained(each)]
+        now = (
+            [(id(part), *[len(getattr(part, kind)) for kind in HOOKS]) for part in modules],
+            found.values,
+            [value if isinstance(value, FLAGS) else type(value) for value in given.values],
+            [*map(id, trainable), *trained],
+            [*_layout(given.tensors)],
+            torch.is_grad_enabled(),
+        )
+        if self._changing or now != self._last:
+            self.changing = None
+            self._last, self._last_key = now, self._number(now, found.paths)
+        moment = [self._flag(("around", index), value, _MOST_AROUND) for index, value in enumerate(around)]
+        return self._last_key, tuple(moment), tuple(around[:1]) if always else ()
+
+    def _number(self, now: tuple[Any, ...], paths: Sequence[Hashable]) -> int:
+        hooks, settings, given, trained, layout, with_gradients = now
+        flags = [self._setting(path, value) for path, value in zip(paths, settings, strict=True)]
         flags += [
-            self._flag(index, value) if isinstance(value, _FLAGS) else type(value)
-            for index, value in enumerate(given.values)
+            self._flag(("given", index), value) if isinstance(value, FLAGS) else value
+            for index, value in enumerate(given)
         ]
-        flags += [self._flag(("around", index), value, _MOST_AROUND) for index, value in enumerate(around)]
-        flags += around[:1] if always else ()
-        return hooks, tuple(flags), tuple(_layout(given.tensors)), torch.is_grad_enabled()
+        key = tuple(hooks), tuple(flags), tuple(trained), tuple(layout), with_gradients
+        if key not in self._keys and len(self._keys) >= _MOST_KEYS:
+            self._keys.clear()
+        return self._keys.setdefault(key, next(self._numbers))
+
+    def _setting(self, path: Hashable, value: Any) -> Any:
+        known = self._flag(path, value)
+        if known is not value and known != value:
+            self.changing = self._settings.name_read(path, value) or self.changing
+        return known
 
     def _flag(self, name: Hashable, value: Any, most: int = _MOST_VALUES) -> Any:
         values = self._values.get(name)
@@ -77,29 +116,16 @@ class Keys:
         return known.value
 
 
-def _settings(parts: Sequence[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
-    """Flags in objects that modules have, such as the configuration that all parts of a model share."""
-    seen: set[int] = set()
-    for part in parts:
-        for name, value in part.__dict__.items():
-            if isinstance(value, _FLAGS) or name in _EVERY_MODULE_HAS or id(value) in seen:
-                continue
-            seen.add(id(value))
-            if isinstance(value, dict):
-                members = value if type(value) is not dict else {}  # Lightning's `hparams`; others may be caches
-            else:
-                members = vars(value) if is_open(value) else {}
-            for key, member in list(members.items()):
-                if isinstance(key, str) and isinstance(member, _FLAGS):
-                    yield value, key, member
-
-
 class _Changing(NamedTuple):
     """A flag that keeps changing: its value at its last trial, when that was, and how many there were."""
 
     value: Any
     since: int
     trials: int = 1
+
+
+def _is_trained(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def _layout(tensors: Sequence[Tensor]) -> Iterator[Hashable]:

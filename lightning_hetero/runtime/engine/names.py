@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import random
+import sys
 import threading
-from collections.abc import Iterable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_hetero.runtime.engine.contents import CONTAINERS, Thing, is_users, things
+from lightning_hetero.runtime.engine.contents import CONTAINERS, Thing, is_iterator, is_open, is_users, things
 
 _BOUND_ANEW = (
     *CONTAINERS, Tensor, bool, int, float, str, type(None), random.Random, torch.Generator, threading.local,
@@ -26,6 +28,9 @@ _WRAPPERS = (
     (functools.cached_property, "func"),
     (type(functools.cache(len)), "__wrapped__"),
 )
+
+
+_NOT_CALLED = {"__init__", "__new__", "__repr__", "__setattr__", "__init_subclass__", "__reduce__", "__deepcopy__"}
 
 
 class Name:
@@ -49,8 +54,18 @@ class Name:
         return isinstance(self._value, threading.local)
 
     @property
+    def name(self) -> str:
+        """The name."""
+        return self._name
+
+    @property
+    def value(self) -> Any:
+        """What it is bound to at this moment; None if to nothing."""
+        return self._get()
+
+    @property
     def things(self) -> Iterator[Thing]:
-        """What can change inside."""
+        """What can change inside, and iterators."""
         found = things(self.where, self._name, self._value, set(), may_be_large=False)
         return (thing for thing in found if isinstance(thing, Thing))
 
@@ -68,7 +83,7 @@ class Name:
 
     def _get(self) -> Any:
         if isinstance(self._owner, CellType):
-            return self._owner.cell_contents
+            return None if _is_empty(self._owner) else self._owner.cell_contents
         return self._owner.get(self._name) if isinstance(self._owner, dict) else vars(self._owner).get(self._name)
 
 
@@ -87,7 +102,7 @@ def names_of(classes: Iterable[type], functions: Iterable[Any] = ()) -> Iterator
     todo = [*functions]
     for base in sorted(bases, key=lambda each: (each.__module__, each.__qualname__)):
         for name, value in vars(base).items():
-            if not name.startswith("__") and isinstance(value, _BOUND_ANEW):
+            if not name.startswith("__") and _is_bound_anew(value):
                 yield Name(base, name, f"the attribute {name!r} of class {base.__name__}")
             todo.append(value)
     yield from _named_by(todo, {_package(base) for base in bases})
@@ -105,9 +120,13 @@ def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
         for owner, name, value, where in found:
             if isinstance(value, FunctionType) and _package(value) in packages:
                 todo.append(value)
-            elif isinstance(value, _BOUND_ANEW) and (id(owner), name) not in seen:
+            elif _is_bound_anew(value) and (id(owner), name) not in seen:
                 seen.add((id(owner), name))
                 yield Name(owner, name, where)
+
+
+def _is_bound_anew(value: Any) -> bool:
+    return isinstance(value, _BOUND_ANEW) or is_open(value) or is_iterator(value)
 
 
 def _each_once(todo: list[Any]) -> Iterator[FunctionType]:
@@ -155,17 +174,107 @@ def _is_empty(cell: CellType) -> bool:
 
 def named_in_forward(classes: Iterable[type]) -> frozenset[str]:
     """All names in the `forward` of user classes, and in the methods and functions of theirs that it names."""
-    found: set[str] = set()
-    for cls in set(classes):
-        methods: dict[str, list[Any]] = {}  # of all bases, for `super()` leads there
-        for base in filter(is_users, cls.__mro__):
-            for name, value in vars(base).items():
-                methods.setdefault(name, []).append(value)
-        todo = list(methods.get("forward", ()))
-        for function in _each_once(todo):
-            names = set(_names_in(function.__code__))
-            found |= names
-            known = function.__globals__
-            todo += [method for name in names & methods.keys() for method in methods[name]]
-            todo += [known[name] for name in names if _package(known.get(name)) == _package(cls)]
-    return frozenset(found)
+    return frozenset(name for function in _reached(classes) for name in _names_in(function.__code__))
+
+
+class Reading(NamedTuple):
+    """What the `forward` of some classes, and what it calls, may look at.
+
+    Attributes:
+        names: All names, and all texts, which may be names or keys.
+        compared: Those that stand in functions that compare something or decide by it.
+        outside: Attributes of classes, globals and variables of functions around.
+    """
+
+    names: frozenset[str]
+    compared: frozenset[str]
+    outside: Sequence[Name]
+
+
+def read_in_forward(
+    classes: Iterable[type], functions: Iterable[Any] = (), helpers: Iterable[type] = (), start: str = "forward"
+) -> Reading:
+    """What the `forward` of user classes may look at.
+
+    Args:
+        classes: The classes of modules.
+        functions: Functions that modules have in attributes.
+        helpers: Classes of objects that modules have.
+        start: Name of the method; another one than `forward` counts beside it.
+    """
+    classes, helpers = set(classes), set(helpers)
+    names, compared = set[str](), set[str]()
+    outside: dict[tuple[int, str], Name] = {}
+    for function in _reached(classes, functions, helpers, start):
+        code, known = function.__code__, function.__globals__
+        here = {*_names_in(code), *_texts_in(code)}
+        names |= here
+        compared |= here if _decides(code) else set()
+        found: list[tuple[Any, str, str]]
+        found = [(known, name, f"the global {name!r}") for name in here & known.keys()]
+        for name in here & known.keys():  # settings in another module of Python, or in a class
+            if isinstance(value := known[name], (ModuleType, type)) and _has_settings(value):
+                owner = value if isinstance(value, type) else vars(value)
+                found += [(owner, each, f"{name}.{each}") for each in here & vars(value).keys()]
+        cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
+        found += [(cell, name, f"the variable {name!r}") for name, cell in cells]
+        for owner, name, where in found:
+            outside.setdefault((id(owner), name), Name(owner, name, where))
+    for cls in classes | helpers:
+        bases = [base for base in cls.__mro__ if is_users(base)]
+        for name in {name for base in bases for name in names & vars(base).keys() if _is_setting(vars(base)[name])}:
+            for base in bases:  # those that lack it too: it may be set there later
+                outside[id(base), name] = Name(base, name, f"the attribute {name!r} of class {base.__name__}")
+    may_change = [each for each in outside.values() if not each.name.startswith("__") and _is_setting(each.value)]
+    return Reading(frozenset(names), frozenset(compared), may_change)
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, (tuple, frozenset)) or _is_bound_anew(value)
+
+
+def _has_settings(owner: ModuleType | type) -> bool:
+    package = (owner.__name__ if isinstance(owner, ModuleType) else owner.__module__).partition(".")[0]
+    return package not in sys.stdlib_module_names and package not in ("torch", "numpy", "lightning_hetero")
+
+
+def _reached(
+    classes: Iterable[type],
+    functions: Iterable[Any] = (),
+    helpers: Iterable[type] = (),
+    start: str = "forward",
+) -> Iterator[FunctionType]:
+    """The `forward` of user classes, and the methods and functions of theirs that it names."""
+    methods: dict[str, list[Any]] = {}  # of all bases, for `super()` leads there
+    classes, helpers = set(classes), set(helpers)
+    users = {base for cls in classes | helpers for base in cls.__mro__ if is_users(base)}
+    for base in sorted(users, key=lambda each: (each.__module__, each.__qualname__)):
+        for name, value in vars(base).items():
+            methods.setdefault(name, []).append(value)
+    packages = {_package(base) for base in users}
+    todo = [*functions, *methods.get("forward", ()), *methods.get(start, ())]
+    for helper in helpers:  # Python calls these without naming them
+        own = [(name, value) for base in helper.__mro__ if is_users(base) for name, value in vars(base).items()]
+        todo += [value for name, value in own if name.startswith("__") and name not in _NOT_CALLED]
+    for function in _each_once(todo):
+        yield function
+        names, known = set(_names_in(function.__code__)), function.__globals__
+        todo += [method for name in names & methods.keys() for method in methods[name]]
+        todo += [known[name] for name in names if _package(known.get(name)) in packages]
+
+
+def _texts_in(code: CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _texts_in(constant)
+
+
+def _decides(code: CodeType) -> bool:
+    """Whether it compares anything, or goes one way or another."""
+    found = any(
+        each.opname in ("COMPARE_OP", "CONTAINS_OP") or "IF_TRUE" in each.opname or "IF_FALSE" in each.opname
+        for each in dis.get_instructions(code)
+    )
+    return found or any(_decides(constant) for constant in code.co_consts if isinstance(constant, CodeType))

@@ -49,9 +49,14 @@ _GRADIENT_CALLS = (torch.autograd.backward, torch.autograd.grad, Tensor.backward
 _GRADIENT_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 _OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
 _IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in _OPERATORS) | {"__setitem__"}
-_SOURCES = "_hetero_sources"  # attribute of a tensor: places of the inputs that its content depends on
+# Functions that make whole numbers of others, none of which is a place beyond the end of something.
+_IN_RANGE = frozenset({"argmax", "argmin", "argsort", "kthvalue", "max", "median", "min", "mode", "sort", "topk"})
+# Functions that end the program on some devices if they are given other numbers than they expect.
+_PICKY = frozenset({"bernoulli", "bernoulli_", "binary_cross_entropy", "multinomial", "poisson"})
+_SOURCES = "_hetero_sources"  # attribute of a tensor: what its content depends on
 
-Sources = frozenset[int] | None  # None: it may depend on anything
+# A bit for each of the inputs, in the order of places, and then for each of the constants. None: anything.
+Sources = int | None
 
 
 class Read(NamedTuple):
@@ -59,7 +64,7 @@ class Read(NamedTuple):
 
     Attributes:
         function: What read it.
-        sources: Places of the inputs that the content depends on; None if they are not known.
+        sources: What the content depends on; None if that is not known.
     """
 
     function: str
@@ -80,6 +85,8 @@ class Observer(TorchFunctionMode):
 
     Attributes:
         reads: All reads.
+        is_picky: Whether something was done that may fail for numbers of another size, such as looking up places that
+            are made of them.
 
     Raises:
         CannotCutError: From within an operation that shows user code gradients, which are those of parts in lanes.
@@ -90,12 +97,23 @@ class Observer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._owned = owned
-        self._constants = {id(tensor): tensor for tensor in constants}
+        self._count = len(inputs)
+        self._all: list[Tensor] = [*{id(tensor): tensor for tensor in constants}.values()]
+        self._constants = {id(tensor): 1 << (self._count + index) for index, tensor in enumerate(self._all)}
         self._at_operation = at_operation
         self._is_lost = False
         self.reads: list[Read] = []
+        self.is_picky = False
         for place, tensor in enumerate(inputs):
-            _mark(tensor, frozenset({place}))
+            _mark(tensor, 1 << place)
+
+    def inputs_of(self, sources: int) -> set[int]:
+        """Places of the inputs among some sources."""
+        return {place for place in range(self._count) if sources >> place & 1}
+
+    def constants_of(self, sources: int) -> list[Tensor]:
+        """The constants among some sources."""
+        return [tensor for index, tensor in enumerate(self._all) if sources >> (self._count + index) & 1]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, and note what it did."""
@@ -122,11 +140,13 @@ class Observer(TorchFunctionMode):
         for tensor in _tensors(result):
             if id(tensor) not in self._constants:
                 _mark(tensor, sources)
+        self.is_picky = self.is_picky or name in _PICKY or (name not in _IN_RANGE and _makes_integers(args, result))
         self._at_operation()
         return result
 
     def _note_write(self, tensor: Tensor, sources: Sources) -> None:
-        if sources == frozenset():
+        of_constants = sources is not None and not sources & ((1 << self._count) - 1)
+        if of_constants and (id(tensor) in self._constants or tensor.__dict__.get(_SOURCES) == sources):
             return
         self._constants.pop(id(tensor), None)
         _mark(tensor, sources)
@@ -134,9 +154,11 @@ class Observer(TorchFunctionMode):
             self._is_lost = True  # whatever shares its memory has changed too
 
     def _of_all(self, tensors: Iterable[Tensor]) -> Sources:
-        found: frozenset[int] = frozenset()
+        found = 0
         for tensor in tensors:
-            known = frozenset[int]() if id(tensor) in self._constants else tensor.__dict__.get(_SOURCES)
+            known: Sources = self._constants.get(id(tensor))
+            if known is None:
+                known = tensor.__dict__.get(_SOURCES)
             if known is None or self._is_lost:
                 return None
             found |= known
@@ -164,6 +186,14 @@ def _tensors(obj: Any) -> Iterator[Tensor]:
     elif isinstance(obj, dict):
         for item in obj.values():
             yield from _tensors(item)
+
+
+def _makes_integers(args: tuple[Any, ...], result: Any) -> bool:
+    """Whether an operation makes whole numbers of real ones."""
+    return any(
+        not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+        for tensor in _tensors(result)
+    ) and any(tensor.is_floating_point() for tensor in _tensors(args))
 
 
 def _sizes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

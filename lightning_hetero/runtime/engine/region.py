@@ -16,8 +16,8 @@ graph; the backward of a lane runs its forward once more, and only a few lanes a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -28,7 +28,6 @@ from torch.autograd.graph import Node
 
 from lightning_hetero.runtime.containers import are_unchanged, contents
 from lightning_hetero.runtime.copies import Mark, mark
-from lightning_hetero.runtime.engine.attributes import Attributes
 from lightning_hetero.runtime.engine.batch import Cut, Join, joined, offsets
 from lightning_hetero.runtime.engine.batch_norm import Deferred
 from lightning_hetero.runtime.engine.call import Call
@@ -38,6 +37,7 @@ from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import OWN_CODE, OrderedSums, gradients, walk
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
+from lightning_hetero.runtime.engine.surroundings import Surroundings
 from lightning_hetero.runtime.engine.tree import Tree, with_attributes
 from lightning_hetero.runtime.transfer import map_tensors, once, to_device, version_of
 
@@ -46,17 +46,15 @@ if TYPE_CHECKING:
 
 
 class Again(NamedTuple):
-    """What a forward depends on besides its inputs, for its second run in the backward.
+    """What a forward depends on besides its inputs, for another run in the backward.
 
     Attributes:
-        parameters: Those that need a gradient.
         unchanged: Parameters and buffers that have to be what they were.
-        attributes: Those of the modules before the first run.
+        surroundings: Of the modules before the first run.
     """
 
-    parameters: Sequence[Tensor]
     unchanged: Sequence[Tensor]
-    attributes: Attributes
+    surroundings: Surroundings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +72,9 @@ class RegionTask:
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the region's own code, outside of units, draws random numbers.
         deferred: Batch normalisations that use the statistics of micro-batches.
-        again: What the backward needs where the forward is to keep no graph; None keeps it.
-        traced: Places of the outputs that have a graph; only needed with `again`.
+        again: What another run of the forward needs; None where nothing is recorded.
+        rematerialized: Where the forward is to keep no graph, the parameters that need a gradient; None keeps it.
+        traced: Places of the outputs that have a graph; only needed with `rematerialized`.
         buffers: The buffers of the region.
         upstream: Places of the outputs of which other outputs are made.
     """
@@ -91,6 +90,7 @@ class RegionTask:
     own_code_draws: bool
     deferred: Deferred
     again: Again | None
+    rematerialized: Sequence[Tensor] | None
     traced: Sequence[int] | None
     buffers: Sequence[Tensor]
     upstream: Sequence[int] = ()
@@ -111,7 +111,7 @@ class RegionCall(Call):
             name=task.name,
             rows=task.rows,
             seed=task.seed,
-            checks_capture=task.again is None,
+            checks_capture=task.rematerialized is None,
         )
         self.task = task
         self.thread = threading.get_ident()
@@ -122,7 +122,7 @@ class RegionCall(Call):
         # What a second run of the forward needs as it is now.
         self._needed_again = [*task.given.tensors, *(() if task.again is None else task.again.unchanged)]
         self._versions = [version_of(tensor) for tensor in self._needed_again]
-        self._parameters: list[Tensor] = [] if task.again is None else list(task.again.parameters)
+        self._parameters: list[Tensor] = list(task.rematerialized or ())
         self._traced: list[int] = []  # places of outputs that have a graph
         self.columns: list[list[Tensor]] = []
         # What lanes were given, by their index, until outputs are joined.
@@ -142,7 +142,7 @@ class RegionCall(Call):
             CannotCutError: Something in the lanes cannot be cut; nothing has happened, the region may run whole.
         """
         outputs: list[Any] = [None] * len(self._lanes)
-        records = self._state.records and self.task.again is None
+        records = self._state.records and self.task.rematerialized is None
 
         def work(lane: Lane) -> None:
             outputs[lane.index] = self._state.run(lambda: self._lane_forward(lane, records))
@@ -191,7 +191,7 @@ class RegionCall(Call):
 
     def _join(self, outputs: Sequence[Any]) -> Any:
         join = Join(outputs, self.task.rows)
-        again = self.task.again is not None
+        again = self.task.rematerialized is not None
         given = self.task.given.tensors
         handed_through = self._handed_through(join.columns)
         self._traced = [
@@ -278,31 +278,29 @@ class RegionCall(Call):
             raise RuntimeError(f"backward through {self.name} a second time, without retain_graph=True the first time")
         if self.backward_runs:
             raise RuntimeError(f"the backward of {self.name} is running already")
-        again = self.task.again
-        if again is not None:
-            self._check_versions()
+        again = self.task.rematerialized is not None
+        if again:
+            self._during_backward.enter_context(self._again())
         # Outputs that this loss does not use may be part of another one.
         keep = keeps_graph() or any(gradient is None for gradient in given)
         self._spent = not keep
-        self.keeps_graph = keep and again is None
+        self.keeps_graph = keep and not again
         self.backward_runs = True
         self.sums = OrderedSums()
         for lane in self._lanes:
             self.sums.announce(lane.index, lane.trace)
         self._mute(self._parameters)
         self.engine.running.add(self)
-        if again is not None:
+        if again:
             if self.seed is not None:
                 self.generators.begin()
                 self._draws_again = True
-            self._during_backward.enter_context(again.attributes.in_effect())
-            self._during_backward.enter_context(self.task.deferred.untouched())
             self.engine.interceptions.renew_replicas()
         self._ready = mark(self.engine.root)
         self._start(lambda lane: self._lane_backward(lane, given), self.engine.threads.lanes_at_once)
 
     def _lane_backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> None:
-        if self.task.again is not None:
+        if self.task.rematerialized is not None:
             self._run_again(lane)
         start, stop = self._offsets[lane.index], self._offsets[lane.index + 1]
         pairs = [
@@ -408,11 +406,10 @@ class RegionCall(Call):
                 f"create_graph=True through {self.name}, which draws random numbers and was cut into micro-batches: "
                 "they cannot be drawn again for the whole batch. Set micro_batches=1."
             )
-        self._check_versions()
         self.engine.stop_cutting(self.name, "its gradient is differentiated again (create_graph=True)")
         inputs = self.task.given.tensors
         args, kwargs = self.task.given.build(inputs)
-        with torch.enable_grad():
+        with self._again(), torch.enable_grad():
             outputs = Tree(self._state.run(lambda: self.task.whole(*args, **kwargs))).tensors
             pairs = [(outputs[place], g) for place, g in zip(self._traced, given, strict=True) if g is not None]
             wanted = [*(inputs[place] for place in self._needed), *self._parameters]
@@ -422,12 +419,19 @@ class RegionCall(Call):
                 )
             )
 
-    def _check_versions(self) -> None:
-        if self._versions != [version_of(tensor) for tensor in self._needed_again]:
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Within the block, the forward may run again: all is as it was, and running statistics are not updated."""
+        again = self.task.again
+        assert again is not None  # a backward has a forward that was recorded
+        lost = again.surroundings.lost
+        if lost is not None or self._versions != [version_of(tensor) for tensor in self._needed_again]:
+            what = "an input, parameter or buffer" if lost is None else f"the tensor {lost[1]!r}"
             raise RuntimeError(
-                f"an input, parameter or buffer of {self.name} was changed in place after the call, but the backward "
-                "needs it as it was"
+                f"{what} of {self.name} was changed in place after the call, but the backward needs it as it was"
             )
+        with again.surroundings.in_effect(), self.task.deferred.untouched():
+            yield
 
     # Both ways
 

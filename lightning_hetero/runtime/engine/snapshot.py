@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_hetero.runtime.engine import contents
 from lightning_hetero.runtime.engine.contents import Thing
-from lightning_hetero.runtime.engine.names import names_of
+from lightning_hetero.runtime.engine.meanwhile import writes_of
+from lightning_hetero.runtime.engine.names import names_of, read_in_forward
 from lightning_hetero.runtime.engine.watch import HOOKS
 from lightning_hetero.runtime.transfer import version_of
 
@@ -47,8 +48,17 @@ class Snapshot:
         self._inside: list[Thing] = []
         self._look_inside()
         functions = [value for _, each in self.modules for value in each.__dict__.values() if callable(value)]
-        self._outside = list(names_of({type(each) for _, each in self.modules}, functions))
+        self._kinds = {type(thing.value) for thing in self._inside if contents.is_open(thing.value)}
+        self._outside = list(names_of({*(type(each) for _, each in self.modules), *self._kinds}, functions))
+        self._functions = functions
         self._inside += [thing for each in self._outside for thing in each.things]
+        outside = {bound.where for bound in self._outside}
+        self._iterators = [
+            (thing.key, thing.module if thing.module in outside else f"{thing.module}.{thing.key}")
+            for thing in self._inside
+            if thing.content is None
+        ]
+        self._inside = [thing for thing in self._inside if thing.content is not None]
         self._attributes = [
             {key: value for key, value in each.__dict__.items() if key not in _IGNORED} for _, each in self.modules
         ]
@@ -77,12 +87,25 @@ class Snapshot:
             for key, parameter in each._parameters.items()
             if parameter is not None
         ]
+        self._written = [(path, parameter, writes_of(parameter)) for path, parameter, _ in self._versions]
         self._trained = [(path, parameter, parameter.requires_grad) for path, parameter, _ in self._versions]
 
     @property
     def of_thread(self) -> str | None:
         """Something whose value every thread has for itself, in words; None if there is nothing."""
         return next((bound.where for bound in self._outside if bound.is_of_thread), None)
+
+    def iterator_used(self, start: str = "forward") -> str | None:
+        """An iterator that the code uses and that cannot be put back, in words; None if there is none.
+
+        Args:
+            start: Name of the method that is run; those that are called `forward` are looked into in any case.
+        """
+        if not self._iterators:
+            return None
+        classes = {type(each) for _, each in self.modules}
+        names = read_in_forward(classes, self._functions, self._kinds, start).names
+        return next((f"the iterator in {where}" for key, where in self._iterators if key in names), None)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names and parameters."""
@@ -171,7 +194,7 @@ class Snapshot:
         return None
 
     def change_below(self, ignored: Container[int], in_order: Container[int] = ()) -> str | None:
-        """What was changed in modules below the root, in buffers and inside attributes; nothing is put back.
+        """What was changed in modules below the root, in buffers, parameters and inside attributes; it stays so.
 
         Args:
             ignored: `id` of modules that are not looked at.
@@ -197,6 +220,9 @@ class Snapshot:
         for thing in self._buffers:
             if thing.module not in names and not contents.is_same(thing.value, thing.content):
                 return f"the buffer {thing.key!r} of {thing.module} is changed"
+        for path, parameter, writes in self._written:
+            if writes_of(parameter) != writes:
+                return f"the parameter {path} is changed"
         return None
 
     def _look_inside(self) -> None:

@@ -95,24 +95,30 @@ class StepCall(Call):
         self._task = task
         self.outputs: list[Any] = [None] * len(task.rows)
         self._found: list[list[Tensor]] = [[] for _ in task.rows]
-        self._turnstile = Turnstile(len(task.rows), _check_of(weakref.ref(self)))
+        check = _check_of(weakref.ref(self))
+        self._forward_turns = Turnstile(len(task.rows), check)
+        # Code that runs again for the backward keeps an order of its own, as no lane waits there for a forward.
+        self._backward_turns = Turnstile(len(task.rows), check)
         self._leaves: list[Tensor] = []
         self._forwards = Countdown(len(task.rows))
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
         """Within the block, lower lanes are done with the unit; None unless it keeps state (running means, say)."""
-        return self._turnstile.passing(lane.index, unit.number) if unit.has_state else None
+        return self._turns_of(lane).passing(lane.index, unit.number) if unit.has_state else None
+
+    def _turns_of(self, lane: Lane) -> Turnstile:
+        return self._backward_turns if lane.in_backward else self._forward_turns
 
     @contextmanager
     def passing(self, lane: Lane, key: Hashable) -> Iterator[None]:
         """Within the block, lower lanes are done with `key`; for the lane's own code."""
         if lane.stream is None:
-            with self._turnstile.passing(lane.index, key):
+            with self._turns_of(lane).passing(lane.index, key):
                 yield
             return
         lane.stream.pause()  # a lower lane may need the generator to get here
         try:
-            with self._turnstile.passing(lane.index, key), lane.stream.running():
+            with self._turns_of(lane).passing(lane.index, key), lane.stream.running():
                 yield
         finally:
             lane.stream.resume()
@@ -206,7 +212,8 @@ class StepCall(Call):
         try:
             self._state.run(lambda: self._step(lane))
         finally:
-            self._turnstile.end(lane.index)
+            self._forward_turns.end(lane.index)
+            self._backward_turns.end(lane.index)
 
     def _all_forwards_done(self, lane: Lane) -> None:
         self._forwards.count_down()
@@ -221,6 +228,7 @@ class StepCall(Call):
                 output = self._task.run(index)
         else:
             output = self._task.run(index)
+        self._forward_turns.end(index)  # what the backward of a lane waits for may wait for this one
         loss = loss_of(output)
         self.outputs[index] = output
         self.sums.announce(index, lane.trace)

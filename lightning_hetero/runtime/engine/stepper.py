@@ -15,8 +15,11 @@ from torch.overrides import TorchFunctionMode
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
+from lightning_hetero.runtime.engine.gate import Gate
 from lightning_hetero.runtime.engine.in_turn import InTurn
-from lightning_hetero.runtime.engine.intercept import Gate, Region
+from lightning_hetero.runtime.engine.intercept import Region
+from lightning_hetero.runtime.engine.meanwhile import Meanwhile
+from lightning_hetero.runtime.engine.notes import Elsewhere, Noted, recorder
 from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.sources import OtherSources
 from lightning_hetero.runtime.engine.state import saves_otherwise
@@ -25,6 +28,7 @@ from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
 from lightning_hetero.runtime.engine.verdict import Watch
 from lightning_hetero.runtime.frames import HERE
+from lightning_hetero.runtime.transfer import version_of
 from lightning_hetero.schedule import Op, Schedule, bounds
 from lightning_hetero.schedule.rows import split_rows
 
@@ -40,15 +44,6 @@ def look_away(output: Any) -> None:
 
 
 _ONE_BY_ONE = "micro-batches of the training step run one after the other, because"
-
-
-@dataclass(frozen=True, slots=True)
-class Noted:
-    """One call of a recorded method, such as `log`."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -117,6 +112,7 @@ class Stepper:
         self._name = step
         self._schedule = schedule
         self._recorded = recorded
+        self._elsewhere = Elsewhere(module, recorded)
         self._gates = [Gate(each) for each in gated]
         self._gated = {id(part) for each in gated for part in each.modules()}
         self._modes: dict[Any, _Mode] = {}
@@ -156,14 +152,17 @@ class Stepper:
         key = tuple((tensor.dim(), tensor.dtype) for tensor in given.tensors)
         mode = self._modes.get(key)
         if mode is None:
-            call, self._modes[key] = self._rehearse(step, scale)
-        elif mode.reason is not None or around_first is not None:
-            call = self._in_turn(step, scale, mode, around_first)
-        else:
-            before = {} if mode.draws else self._engine.generators.states()
-            call = self._in_lanes(step, scale, mode)
-            if self._engine.generators.drawn_since(before):
-                del self._modes[key]  # the next step is rehearsed again, and sees who draws
+            self._elsewhere.find()
+        with self._elsewhere.noting(step.notes):
+            if mode is None:
+                call, self._modes[key] = self._rehearse(step, scale)
+            elif mode.reason is not None or around_first is not None:
+                call = self._in_turn(step, scale, mode, around_first)
+            else:
+                before = {} if mode.draws else self._engine.generators.states()
+                call = self._in_lanes(step, scale, mode)
+                if self._engine.generators.drawn_since(before):
+                    del self._modes[key]  # the next step is rehearsed again, and sees who draws
         return StepResult(call.loss(), call.outputs, step.rows, step.notes)
 
     def _runs_once(self, reason: str) -> None:
@@ -222,16 +221,24 @@ class Stepper:
         """Run one after the other, and look for reasons to go on in this way."""
         before, others = torch.get_rng_state(), OtherSources()
         watch = Watch(self._engine.generators, InTurn(self._engine.generators, _seed()))
-        calls = _Calls(watch)
         snapshot = Snapshot(self._module)
+        meanwhile = Meanwhile(snapshot.modules, self._gated)
+        calls = _Calls(watch, meanwhile)
+        watch.at_border = meanwhile.at_border
+        for gate in self._gates:
+            gate.used.clear()
         call = self._call(step, scale, partial(self._run_with, watch))
-        with self._engine.watching(watch), calls:
+        with self._engine.watching(watch), calls, self._elsewhere.asking(calls.log_is_called):
             call.one_by_one()
         watch.end()
         if not watch.any:
             torch.set_rng_state(before)  # the seed was not needed, and no step to come draws one
         reason = self._reason(step, watch, calls, others)
         reason = reason or snapshot.change_below(ignored=self._gated, in_order=self._engine.in_units)
+        reason = reason or next((gate.needs_all_before for gate in self._gates if gate.needs_all_before), None)
+        reason = reason or meanwhile.change
+        if reason is None and (iterator := snapshot.iterator_used(self._name)) is not None:
+            reason = f"it uses {iterator}"
         for unit in watch.units:
             unit.draws = True
         if reason is not None:
@@ -253,6 +260,8 @@ class Stepper:
             return watch.stray_draws
         if watch.own_code and calls.checkpoints:
             return "its code draws random numbers under activation checkpointing"
+        if calls.writes_to_data:
+            return "the data of a parameter are changed"
         return calls.reason
 
     def _call(
@@ -298,6 +307,7 @@ class Stepper:
             HERE.part_of_batch = 1.0
 
     def _run_after_the_last(self, index: int, step: _Step) -> Any:
+        self._elsewhere.index = index
         output = self._run_beside_the_others(index, step)
         step.uses[index].apply_to(self._module, self._own_names)
         return output
@@ -313,44 +323,57 @@ class Stepper:
 
     def _own(self, index: int, step: _Step) -> dict[str, Any]:
         """Their values for one micro-batch; None for those that are to be missing."""
-        own: dict[str, Any] = {name: _recorder(name, step.notes[index]) for name in self._recorded}
+        own: dict[str, Any] = {name: recorder(name, step.notes[index]) for name in self._recorded}
         if isinstance(self._module.__dict__.get("forward"), Region):
             own["forward"] = None  # that of the class, so that `self` is the twin in it
         return own
-
-
-def _recorder(name: str, notes: list[Noted]) -> Callable[..., None]:
-    def record(*args: Any, **kwargs: Any) -> None:
-        notes.append(Noted(name, tuple(map(_detached, args)), {key: _detached(v) for key, v in kwargs.items()}))
-
-    return record
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _seed() -> int:
     return int(torch.randint(1 << 62, (), device="cpu"))
 
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class _Calls(TorchFunctionMode):
-    """Looks at what the user's step calls outside of units.
+    """Looks at what the user's step calls.
+
+    Args:
+        watch: Knows whether a unit is at work.
+        meanwhile: Looks at modules after every operation of the step's own code.
 
     Attributes:
-        reason: That it computes gradients itself; None if it does not.
+        reason: What it does that lanes could not, in words that follow "because"; None if nothing was seen.
         checkpoints: Whether some of it may run again for the backward.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, meanwhile: Meanwhile) -> None:
         super().__init__()
         self._watch = watch
+        self._meanwhile = meanwhile
+        self._data: list[tuple[Tensor, int]] = []
         self.reason: str | None = None
         self.checkpoints = False
+
+    @property
+    def writes_to_data(self) -> bool:
+        """Whether `parameter.data` was written to, of which the parameter itself knows nothing."""
+        return any(version_of(data) != version for data, version in self._data)
+
+    def log_is_called(self, name: str) -> None:
+        """Somebody who does not know its micro-batch calls a method of the model."""
+        if self._watch.in_unit:
+            self.reason = f"a part of the model calls self.{name}, which was handed on to it"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             self.reason = "it computes gradients itself"
         elif not self._watch.in_unit:
             self.checkpoints |= saves_otherwise()
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func == _DATA and isinstance(args[0], nn.Parameter):
+            self._data.append((result, version_of(result)))
+        if not self._watch.in_unit:
+            self._meanwhile.look()
+        return result

@@ -8,14 +8,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_hetero.runtime.engine.contents import CONTAINERS, LARGE, content, is_same
+from lightning_hetero.runtime.engine.meanwhile import writes_of
 from lightning_hetero.runtime.transfer import version_of
 
-# Kept by torch, and the same objects for all twins.
-_SHARED = frozenset({"_parameters", "_buffers", "_modules"})
+# Kept by torch, and not among the attributes.
+_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
+_MISSING = object()
 
 
 def twin_of(module: nn.Module, without: Mapping[str, Any]) -> nn.Module:
     """A new object of the module's class with the same parameters, buffers, submodules and attributes.
+
+    Parameters and submodules that are replaced are replaced in both, buffers and attributes in the twin alone.
 
     Args:
         module: The module.
@@ -23,6 +27,7 @@ def twin_of(module: nn.Module, without: Mapping[str, Any]) -> nn.Module:
     """
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
+    twin.__dict__["_buffers"] = dict(module._buffers)
     for name, value in without.items():
         twin.__dict__.pop(name, None)
         if value is not None:
@@ -45,6 +50,7 @@ class Uses:
         self.read: set[str] = set()
         self.written: set[str] = set()
         self._twin = twin
+        self._buffers = dict(twin._buffers)
         read, written = self.read, self.written
         base: Any = type(twin)
 
@@ -71,10 +77,26 @@ class Uses:
         }
         twin.__class__ = type(base.__name__, (base,), namespace)
 
+    @property
+    def replaced_buffers(self) -> set[str]:
+        """Names of buffers that are other tensors than they were, or are there no more."""
+        before, now = self._buffers, self._twin._buffers
+        return {key for key in {**before, **now} if now.get(key, _MISSING) is not before.get(key, _MISSING)}
+
+    @property
+    def replaced_for_all(self) -> set[str]:
+        """Names of parameters and submodules that were set: all twins have the same ones."""
+        return self.written & (self._twin._parameters.keys() | self._twin._modules.keys())
+
     def apply_to(self, module: nn.Module, ignored: Collection[str]) -> None:
         """Do to a module what was done to the twin."""
+        for name in self.replaced_buffers:
+            if name in self._twin._buffers:
+                module._buffers[name] = self._twin._buffers[name]
+            else:
+                module._buffers.pop(name, None)
         for name in self.written:
-            if name in ignored:
+            if name in ignored or name in self._buffers or name in self._twin._buffers:
                 continue
             if name in self._twin.__dict__:
                 module.__dict__[name] = self._twin.__dict__[name]
@@ -83,28 +105,36 @@ class Uses:
 
 
 def handed_on(uses: Sequence[Uses]) -> str | None:
-    """Name of an attribute that one twin wrote and another read: it goes from one micro-batch to the next."""
-    written = set().union(*(use.written for use in uses))
+    """Name of what goes from one micro-batch to the next: one twin wrote it and another read it, or all have it."""
+    written = set().union(*(use.written | use.replaced_buffers for use in uses))
     read = set().union(*(use.read for use in uses))
-    return min(written & read, default=None)
+    return min((written & read).union(*(use.replaced_for_all for use in uses)), default=None)
 
 
 class Contents:
     """What is in the lists and the like, tensors and buffers that a module has, and all its twins with it.
+
+    Of parameters, those of modules below it too, it knows whether they were written to.
 
     Args:
         module: The module.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        own = [*(item for item in module.__dict__.items() if item[0] not in _SHARED), *module._buffers.items()]
+        own = [*(item for item in module.__dict__.items() if item[0] not in _REGISTRIES), *module._buffers.items()]
         self._before = [
             (name, value, _within(value)) for name, value in own if isinstance(value, (Tensor, *CONTAINERS))
         ]
+        self._module = module
+        self._parameters = [(parameter, writes_of(parameter)) for parameter in module.parameters()]
 
     def changed(self) -> str | None:
         """Name of one that is not as it was; None if all are."""
-        return next((name for name, value, before in self._before if not _is_as(value, before)), None)
+        found = next((name for name, value, before in self._before if not _is_as(value, before)), None)
+        moved = {id(parameter) for parameter, before in self._parameters if writes_of(parameter) != before}
+        if found is not None or not moved:
+            return found
+        return next(name for name, parameter in self._module.named_parameters() if id(parameter) in moved)
 
 
 def _within(value: Any) -> Any:

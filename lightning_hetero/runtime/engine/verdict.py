@@ -2,8 +2,8 @@
 
 A region may be cut only if that changes nothing: each row of the output depends on the same row of the input. The
 trial runs the region as it is, in two parts, and with other rows beside the same ones, and compares outputs; then it
-compares the gradients of a few rows. It leaves no trace: random generators, buffers, attributes and the modes of
-modules are put back.
+compares the gradients of a few rows, also where nobody asks for gradients: a gate that is zero hides a coupling. It
+leaves no trace: random generators, buffers, attributes and the modes of modules are put back.
 
 What a comparison of numbers cannot show is looked for in other ways: values read into Python (`if h.sum() > 0`), state
 that is changed, hooks of user code that would see parts of a batch.
@@ -11,25 +11,29 @@ that is changed, hooks of user code that would see parts of a batch.
 
 from __future__ import annotations
 
-import sys
+import functools
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.containers import Contents, are_unchanged, contents
 from lightning_hetero.runtime.engine.batch import NO_SIZE, Cut, Join, Size, candidates, joined, size_of
 from lightning_hetero.runtime.engine.batch_norm import Deferred, can_defer, uses_batch
-from lightning_hetero.runtime.engine.comparison import close, same, with_other_rows
+from lightning_hetero.runtime.engine.comparison import close, is_finite, same, with_other_rows
 from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.evaluating import evaluating, uncompiled
 from lightning_hetero.runtime.engine.gradient_trial import GradientTrial
-from lightning_hetero.runtime.engine.observer import Observer
+from lightning_hetero.runtime.engine.observer import Observer, Read
+from lightning_hetero.runtime.engine.overlap import have_overlap
 from lightning_hetero.runtime.engine.owned import Owned
+from lightning_hetero.runtime.engine.readings import MOST_READINGS, Readings
 from lightning_hetero.runtime.engine.refused import methods_refused
 from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.sources import OtherSources
@@ -60,6 +64,8 @@ class Verdict:
         upstream: Places of the outputs of which others are made.
         size: Of the batch that was tried.
         final: Whether another trial would find the same. A module may fill a cache at its first call.
+        readings: What has to be the same in tensors that code has read; None if it has read none.
+        others: Verdicts on the same kind of call for other readings.
     """
 
     cut: Cut | None
@@ -69,6 +75,34 @@ class Verdict:
     upstream: tuple[int, ...] = ()
     size: Size = NO_SIZE
     final: bool = True
+    readings: Readings | None = field(default=None, compare=False)
+    others: tuple[Verdict, ...] = field(default=(), compare=False)
+
+    def on(self, tensors: Sequence[Tensor]) -> Verdict | None:
+        """The verdict that holds for what tensors contain now; None if there is none.
+
+        Args:
+            tensors: Those among the inputs.
+        """
+        for verdict in (self, *self.others):
+            if verdict.readings is None or verdict.readings.hold(tensors):
+                return verdict
+        return None
+
+    def beside(self, known: Verdict | None, tensors: Sequence[Tensor]) -> Verdict:
+        """What to keep after another trial for the same kind of call.
+
+        Args:
+            known: What was kept so far.
+            tensors: Those among the inputs.
+        """
+        if known is None or self.readings is None:
+            return self
+        before = (replace(verdict, others=()) for verdict in (known, *known.others))
+        others = tuple(each for each in before if not (each.readings is None or each.readings.hold(tensors)))
+        if len(others) >= MOST_READINGS:
+            return Verdict(None, "its code reads the content of a tensor, which keeps changing")
+        return replace(self, others=others)
 
 
 class Trial:
@@ -165,6 +199,8 @@ class Trial:
             # Hooks of a region are called around it; those of a unit, which a module with replicas is, within it.
             if (module is not self._module or _is_unit(module)) and has_hooks(module):
                 return f"{name or 'it'} has hooks of user code, which would see parts of a batch"
+        if (iterator := snapshot.iterator_used()) is not None:
+            return f"its forward uses {iterator}, which cannot be put back after a trial"
         if snapshot.of_thread is not None:
             return f"its code uses {snapshot.of_thread}, whose value each thread has for itself"
         return None
@@ -182,7 +218,7 @@ class Trial:
         with (
             frames.random_numbers_arranged(),
             frames.activations_kept(),
-            _uncompiled(),
+            uncompiled(),
             torch.no_grad(),
             warnings.catch_warnings(),
         ):
@@ -192,25 +228,60 @@ class Trial:
             if reason is not None:
                 return Verdict(None, reason)
             # Without statistics of the batch and with constant random numbers: these are no sign of a coupling.
-            with _evaluating(norms), Steady():
+            with evaluating(norms), Steady():
                 if norms or self._watch.any:
                     whole = self._call(given, tensors)
-                first: str | None = None
-                for cut in cuts:
-                    reason = self._reads_rows(observer, cut) or self._coupling(given, tensors, cut, whole, precision)
-                    if reason is None and self._records:
-                        reason = self._gradient_coupling(given, tensors, cut, precision)
-                    if reason is None:
-                        return Verdict(
-                            cut,
-                            draws=self._watch.any,
-                            traced=self._traced,
-                            upstream=self._upstream,
-                            size=size_of(cut, tensors),
-                        )
-                    first = first or reason
+                found = self._choose(given, tensors, cuts, whole, observer, snapshot, precision)
+        return self._with_readings(found, observer, cuts, tensors, snapshot)
+
+    def _choose(
+        self,
+        given: Tree,
+        tensors: list[Tensor],
+        cuts: Sequence[Cut],
+        whole: Any,
+        observer: Observer,
+        snapshot: Snapshot,
+        precision: Sequence[torch.dtype],
+    ) -> Verdict:
+        """The first of the cuts that changes nothing."""
+        may_be_far = not (observer.is_picky or any(isinstance(m, torch.jit.ScriptModule) for _, m in snapshot.modules))
+        first: str | None = None
+        for cut in cuts:
+            reason = (
+                self._reads_rows(observer, cut)
+                or self._coupling(given, tensors, cut, whole, precision)
+                or self._gradient_coupling(given, tensors, cut, precision, snapshot)
+                or (self._coupling_far_away(given, tensors, cut, whole, precision) if may_be_far else None)
+            )
+            if reason is None:
+                return Verdict(
+                    cut,
+                    draws=self._watch.any,
+                    traced=self._traced,
+                    upstream=self._upstream,
+                    size=size_of(cut, tensors),
+                )
+            first = first or reason
         assert first is not None
         return Verdict(None, first)
+
+    def _with_readings(
+        self, found: Verdict, observer: Observer, cuts: Sequence[Cut], tensors: Sequence[Tensor], snapshot: Snapshot
+    ) -> Verdict:
+        """The verdict, for as long as there is the same in what code has read."""
+        if found.cut is None and self._reads_rows(observer, cuts[0]):
+            return found
+        sources = functools.reduce(operator.or_, (read.sources or 0 for read in observer.reads), 0)
+        rows = {place for cut in cuts for place in cut.positions} if found.cut is None else set()
+        inputs = [(place, tensors[place]) for place in sorted(observer.inputs_of(sources) - rows)]
+        constants = observer.constants_of(sources)
+        if not (inputs or constants):
+            return found
+        try:
+            return replace(found, readings=Readings([each for _, each in snapshot.modules], constants, inputs))
+        except ValueError:
+            return found if found.cut is None else Verdict(None, _reads(observer.reads[0]))
 
     def _observe(
         self, given: Tree, tensors: list[Tensor], observer: Observer, snapshot: Snapshot
@@ -231,6 +302,8 @@ class Trial:
             return f"{watch.writer} writes into a container that it is given", whole
         if not are_unchanged(self._built):
             return "it writes into a container that it is given", whole
+        if have_overlap(Tree(whole).tensors, tensors):
+            return "its outputs share memory, with each other or with its inputs", whole
         if (trouble := watch.stray_draws or watch.trouble) is not None:
             return trouble, whole
         if self._owned.written:
@@ -240,8 +313,8 @@ class Trial:
 
     def _reads_rows(self, observer: Observer, cut: Cut) -> str | None:
         for read in observer.reads:
-            if read.sources is None or not read.sources.isdisjoint(cut.positions):
-                return f"its code reads the content of a tensor ({read.function})"
+            if read.sources is None or not observer.inputs_of(read.sources).isdisjoint(cut.positions):
+                return _reads(read)
         return None
 
     def _coupling(
@@ -249,7 +322,7 @@ class Trial:
     ) -> str | None:
         """What tells a part from the same rows of the whole; None if nothing does."""
         rows = cut.rows(tensors) or 0
-        first = max(1, rows // 3)
+        first = rows // 3 | 1  # an odd number tears pairs of rows
         try:
             parts = [self._call(given, cut.take(tensors, *part)) for part in ((0, first), (first, rows))]
             join = Join(parts, [first, rows - first])
@@ -265,16 +338,31 @@ class Trial:
         half = rows // 2
         for start, stop in ((0, half), (half, rows)):
             other = Tree(self._call(given, with_other_rows(tensors, cut, start, stop)))
-            if other.form != expected.form:
+            if not _has_same_rows(other, expected, slice(stop, rows) if start == 0 else slice(0, start), precision):
                 return _COUPLED
-            for a, b in zip(other.tensors, expected.tensors, strict=True):
-                kept = slice(stop, rows) if start == 0 else slice(0, start)
-                if a.shape != b.shape or not same(a[kept], b[kept], precision):
-                    return _COUPLED
         return None
 
+    def _coupling_far_away(
+        self, given: Tree, tensors: list[Tensor], cut: Cut, whole: Any, precision: Sequence[torch.dtype]
+    ) -> str | None:
+        """Whether rows depend on others that are much larger: a norm that is clipped is not, in the first batch."""
+        rows = cut.rows(tensors) or 0
+        half = rows // 2
+        try:
+            other = Tree(self._call(given, with_other_rows(tensors, cut, 0, half, are_far=True)))
+        except Exception:  # code need not take such numbers
+            return None
+        if not all(map(is_finite, other.tensors)):
+            return None
+        return None if _has_same_rows(other, Tree(whole), slice(half, rows), precision) else _COUPLED
+
     def _gradient_coupling(
-        self, given: Tree, tensors: list[Tensor], cut: Cut, precision: Sequence[torch.dtype]
+        self,
+        given: Tree,
+        tensors: list[Tensor],
+        cut: Cut,
+        precision: Sequence[torch.dtype],
+        snapshot: Snapshot,
     ) -> str | None:
         """What tells gradients of parts from those of the whole; None if nothing does."""
 
@@ -283,11 +371,18 @@ class Trial:
                 return self._call(given, leaves)
 
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
-        trial = GradientTrial(run, given.tensors, parameters, precision)
+        constants = list(_without_statistics(snapshot))
+        trial = GradientTrial(run, given.tensors, parameters, precision, constants, records=self._records)
         try:
             adds_up = trial.adds_up(tensors, cut, cut.rows(tensors) or 0)
         except CannotCutError as refused:
-            return str(refused)
+            return str(refused) if self._records else None
+        except Exception:
+            if self._records:
+                raise
+            return None  # what records nothing need not be differentiable
+        if not self._records:
+            return None if adds_up else _COUPLED
         self._traced, self._upstream = trial.traced, trial.upstream
         if self._saves_otherwise and self._watch.own_code:
             return "its code draws random numbers under activation checkpointing"
@@ -308,6 +403,26 @@ class Trial:
         self._saves_otherwise = self._saves_otherwise or (saves_otherwise() and not self._watch.in_unit)
 
 
+def _reads(read: Read) -> str:
+    return f"its code reads the content of a tensor ({read.function})"
+
+
+def _has_same_rows(other: Tree, expected: Tree, kept: slice, precision: Sequence[torch.dtype]) -> bool:
+    """Whether two outputs have the same in some rows."""
+    return other.form == expected.form and all(
+        a.shape == b.shape and same(a[kept], b[kept], precision)
+        for a, b in zip(other.tensors, expected.tensors, strict=True)
+    )
+
+
+def _without_statistics(snapshot: Snapshot) -> Iterator[Tensor]:
+    """The tensors that modules have, without running statistics: torch does not differentiate by these."""
+    statistics = {
+        id(buffer) for _, module in snapshot.modules if isinstance(module, _NormBase) for buffer in module.buffers()
+    }
+    yield from (tensor for tensor in snapshot.tensors() if id(tensor) not in statistics)
+
+
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The module and those below it that are in no unit: their code runs in lanes."""
     yield module
@@ -318,31 +433,3 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_unit(module: nn.Module) -> bool:
     return hasattr(module.__dict__.get("_compiled_call_impl"), "parts")
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Within the block, what torch.compile has made runs as it was written: it would be compiled for every part."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
-@contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the block, the modules are in evaluation mode; by their flag, so that no `train` of user code runs."""
-    modes = [(part, part.training) for part in modules]
-    try:
-        for part, _ in modes:
-            _set_mode(part, False)
-        yield
-    finally:
-        for part, mode in modes:
-            _set_mode(part, mode)
-
-
-def _set_mode(module: nn.Module, training: bool) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        module.train(training)  # the flag is in C++
-    else:
-        module.__dict__["training"] = training

@@ -1,0 +1,133 @@
+"""Lets micro-batches of a training step use metrics in order."""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_hetero.runtime.engine.cut import CannotCutError
+from lightning_hetero.runtime.engine.lanes import calling_lane
+
+_CALL = "_compiled_call_impl"  # where torch looks before it calls a module
+_IN_ORDER = "update"
+_ALONE = ("compute", "reset")  # what they mean depends on all updates before
+
+
+class Gate:
+    """Lets micro-batches use a module in order: a metric, whose state every call changes.
+
+    Args:
+        module: The module; its calls, and those of its method `update` if it has one, pass the gate. Its methods
+            `compute` and `reset` are noted, and no lane gets through.
+
+    Attributes:
+        used: What user code has called since this was emptied: "forward", "update", "compute", "reset".
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._doors = [_Door(self, module, name) for name in (_IN_ORDER, *_ALONE) if hasattr(module, name)]
+        self._inside: set[int] = set()
+        self.used: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's call, when it is this micro-batch's turn."""
+        with self.turn("forward"):
+            return self._module._call_impl(*args, **kwargs)
+
+    def install(self) -> None:
+        """Take the place of the module's calls."""
+        self._module.__dict__[_CALL] = self
+        for door in self._doors:
+            door.install()
+
+    def remove(self) -> None:
+        """Give it back."""
+        if self._module.__dict__.get(_CALL) is self:
+            del self._module.__dict__[_CALL]
+        for door in self._doors:
+            door.remove()
+
+    @property
+    def needs_all_before(self) -> str | None:
+        """Why micro-batches that use the module as they have done cannot be under way at once; None if they can."""
+        name = type(self._module).__name__
+        alone = next((each for each in _ALONE if each in self.used), None)
+        if alone is not None:
+            return f"it calls {alone} of {name}, which depends on the micro-batches before"
+        if len(self.used) > 1:
+            return f"it calls {name} and its update, which has one order only if they are alone"
+        return None
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Within the block it is this micro-batch's turn; what a metric calls of itself needs no other one.
+
+        Raises:
+            CannotCutError: Lanes cannot do that.
+        """
+        me, lane = threading.get_ident(), calling_lane()
+        if me in self._inside:
+            yield
+            return
+        self.used.add(name)
+        if lane is not None and name in _ALONE:
+            raise CannotCutError(f"it calls {name} of {type(self._module).__name__}")
+        self._inside.add(me)
+        try:
+            if lane is None:
+                yield
+            else:
+                with lane.call.passing(lane, id(self._module)):
+                    yield
+        finally:
+            self._inside.discard(me)
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+class _Door:
+    """Stands in for a method of the module. Copies and pickles of the module have their own method there."""
+
+    def __init__(self, gate: Gate, module: nn.Module, name: str) -> None:
+        self._gate = gate
+        self._module = module
+        self._name = name
+        self._before: Callable[..., Any] | None = module.__dict__.get(name)
+        self._method: Callable[..., Any] = getattr(module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._gate.turn(self._name):
+            return self._method(*args, **kwargs)
+
+    def install(self) -> None:
+        self._module.__dict__[self._name] = self
+
+    def remove(self) -> None:
+        if self._module.__dict__.get(self._name) is not self:
+            return
+        if self._before is None:
+            del self._module.__dict__[self._name]
+        else:
+            self._module.__dict__[self._name] = self._before
+
+    def __reduce__(self) -> Any:
+        return (_own_method, (self._module, self._name)) if self._before is None else (_itself, (self._before,))
+
+
+def _nothing() -> None:
+    return None
+
+
+def _own_method(module: nn.Module, name: str) -> Any:
+    return types.MethodType(getattr(type(module), name), module)
+
+
+def _itself(method: Any) -> Any:
+    return method
