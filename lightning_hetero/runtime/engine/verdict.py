@@ -250,7 +250,7 @@ class Trial:
         for cut in cuts:
             reason = (
                 self._reads_rows(observer, cut)
-                or self._coupling(given, tensors, cut, whole, precision)
+                or self._coupling(given, tensors, cut, whole, precision, snapshot)
                 or self._gradient_coupling(given, tensors, cut, precision, snapshot)
                 or (self._coupling_far_away(given, tensors, cut, whole, precision) if may_be_far else None)
             )
@@ -318,13 +318,21 @@ class Trial:
         return None
 
     def _coupling(
-        self, given: Tree, tensors: list[Tensor], cut: Cut, whole: Any, precision: Sequence[torch.dtype]
+        self,
+        given: Tree,
+        tensors: list[Tensor],
+        cut: Cut,
+        whole: Any,
+        precision: Sequence[torch.dtype],
+        snapshot: Snapshot,
     ) -> str | None:
         """What tells a part from the same rows of the whole; None if nothing does."""
         rows = cut.rows(tensors) or 0
         first = rows // 3 | 1  # an odd number tears pairs of rows
         try:
             parts = [self._call(given, cut.take(tensors, *part)) for part in ((0, first), (first, rows))]
+            if (left := _left_by_parts(snapshot)) is not None:
+                return left
             join = Join(parts, [first, rows - first])
         except CannotCutError as refused:
             return str(refused)
@@ -401,6 +409,12 @@ class Trial:
 
     def _note_saving(self) -> None:
         self._saves_otherwise = self._saves_otherwise or (saves_otherwise() and not self._watch.in_unit)
+
+
+def _left_by_parts(snapshot: Snapshot) -> str | None:
+    """What the last part has left behind, such as its number of rows; the whole may leave what was there before."""
+    change = snapshot.change_so_far()
+    return None if change is None else f"its forward {change}"
 
 
 def _reads(read: Read) -> str:
