@@ -27,14 +27,17 @@ The pieces, from the bottom up::
     comparison      outputs of the whole and of parts, or with other rows beside the same ones
     gradient_trial  the same for gradients
     refused         methods that mean a whole batch
-    verdict         whether a region may be cut, found out by a trial
+    verdict         whether a region may be cut
+    trial           how that is found out
     readings        contents of tensors that code has read during a trial, looked at again before each call
     overlap         outputs that share memory
+    views           outputs that are parts of others, made of the joined ones again
     evaluating      modes that are in effect during a trial
     settings        values by which code may decide
     key             what a verdict depends on
     surroundings    settings, attributes and globals as they were, for a second forward
     call            what calls of regions and whole steps have in common
+    region_task     what is to be done in one call of a region
     region          one pipelined call of a region, forward and backward
     turnstile       micro-batches one after the other, where their order matters
     gate            metrics, used by micro-batches in their order

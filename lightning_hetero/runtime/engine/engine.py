@@ -25,7 +25,8 @@ from lightning_hetero.runtime.engine.intercept import Region
 from lightning_hetero.runtime.engine.interceptions import Interceptions
 from lightning_hetero.runtime.engine.record import Recorder
 from lightning_hetero.runtime.engine.refused import methods_refused
-from lightning_hetero.runtime.engine.region import Again, RegionCall, RegionTask
+from lightning_hetero.runtime.engine.region import RegionCall
+from lightning_hetero.runtime.engine.region_task import Again, RegionTask
 from lightning_hetero.runtime.engine.state import (
     ThreadState,
     are_operations_counted,
@@ -37,7 +38,8 @@ from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.surroundings import Surroundings
 from lightning_hetero.runtime.engine.threads import Threads
 from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.engine.verdict import Trial, Verdict
+from lightning_hetero.runtime.engine.trial import Trial
+from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.watch import Listener, Watch
 from lightning_hetero.runtime.layout import Layout
 from lightning_hetero.schedule import Pipeline
@@ -250,6 +252,7 @@ class Engine:
             deferred=Deferred(normalised),
             traced=verdict.traced,
             upstream=verdict.upstream,
+            views=verdict.views,
             buffers=_own(module._buffers for module in modules),
             again=Again(
                 [*parameters, *_own(module._buffers for module in modules if module not in normalised)],

@@ -16,11 +16,10 @@ graph; the backward of a lane runs its forward once more, and only a few lanes a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,72 +27,21 @@ from torch.autograd.graph import Node
 
 from lightning_hetero.runtime.containers import are_unchanged, contents
 from lightning_hetero.runtime.copies import Mark, mark
-from lightning_hetero.runtime.engine.batch import Cut, Join, joined, offsets
-from lightning_hetero.runtime.engine.batch_norm import Deferred
+from lightning_hetero.runtime.engine.batch import Join, joined, offsets
 from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.fresh import Fresh
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import OWN_CODE, OrderedSums, gradients, walk
+from lightning_hetero.runtime.engine.region_task import RegionTask
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
-from lightning_hetero.runtime.engine.surroundings import Surroundings
 from lightning_hetero.runtime.engine.tree import Tree, with_attributes
+from lightning_hetero.runtime.engine.views import View, views_of
 from lightning_hetero.runtime.transfer import map_tensors, once, to_device, version_of
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
-
-
-class Again(NamedTuple):
-    """What a forward depends on besides its inputs, for another run in the backward.
-
-    Attributes:
-        unchanged: Parameters and buffers that have to be what they were.
-        surroundings: Of the modules before the first run.
-    """
-
-    unchanged: Sequence[Tensor]
-    surroundings: Surroundings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegionTask:
-    """What is to be done in one call.
-
-    Attributes:
-        number: Number of the call; workers take tasks of earlier calls first.
-        name: Name of the region, for messages.
-        forward: The region's code, as lanes run it.
-        whole: Runs the region whole, for a backward that has to be differentiable itself.
-        cut: Where inputs are cut.
-        rows: Rows of each micro-batch.
-        given: The inputs.
-        seed: Where random numbers begin; None if none are drawn.
-        own_code_draws: Whether the region's own code, outside of units, draws random numbers.
-        deferred: Batch normalisations that use the statistics of micro-batches.
-        again: What another run of the forward needs; None where nothing is recorded.
-        rematerialized: Where the forward is to keep no graph, the parameters that need a gradient; None keeps it.
-        traced: Places of the outputs that have a graph; only needed with `rematerialized`.
-        buffers: The buffers of the region.
-        upstream: Places of the outputs of which other outputs are made.
-    """
-
-    number: int
-    name: str
-    forward: Callable[..., Any]
-    whole: Callable[..., Any]
-    cut: Cut
-    rows: Sequence[int]
-    given: Tree
-    seed: int | None
-    own_code_draws: bool
-    deferred: Deferred
-    again: Again | None
-    rematerialized: Sequence[Tensor] | None
-    traced: Sequence[int] | None
-    buffers: Sequence[Tensor]
-    upstream: Sequence[int] = ()
 
 
 class RegionCall(Call):
@@ -123,7 +71,8 @@ class RegionCall(Call):
         self._needed_again = [*task.given.tensors, *(() if task.again is None else task.again.unchanged)]
         self._versions = [version_of(tensor) for tensor in self._needed_again]
         self._parameters: list[Tensor] = list(task.rematerialized or ())
-        self._traced: list[int] = []  # places of outputs that have a graph
+        self._traced: list[int] = []  # places of outputs that have a graph of their own
+        self._views: dict[int, View] = {}  # of those that are parts of other outputs
         self.columns: list[list[Tensor]] = []
         # What lanes were given, by their index, until outputs are joined.
         self._passed: dict[int, Sequence[Tensor]] = {}
@@ -194,17 +143,23 @@ class RegionCall(Call):
         again = self.task.rematerialized is not None
         given = self.task.given.tensors
         handed_through = self._handed_through(join.columns)
+        has_graph = [
+            self._state.records
+            and (place in (self.task.traced or ()) if again else any(part.requires_grad for part in column))
+            for place, column in enumerate(join.columns)
+        ]
+        self._views = views_of(self.task.views, join.columns, has_graph) if self.task.views else {}
+        if any(view.base in handed_through for view in self._views.values()):
+            raise CannotCutError("its outputs share memory with its inputs")
         self._traced = [
             place
-            for place, column in enumerate(join.columns)
-            if self._state.records
-            and place not in handed_through
-            and (place in (self.task.traced or ()) if again else any(part.requires_grad for part in column))
+            for place in range(len(join.columns))
+            if has_graph[place] and place not in handed_through and place not in self._views
         ]
         results = [
             given[handed_through[place]]
             if place in handed_through
-            else (column[0] if place in self._traced else joined(column))
+            else (column[0] if place in self._traced or place in self._views else joined(column))
             for place, column in enumerate(join.columns)
         ]
         if self._traced:
@@ -222,6 +177,8 @@ class RegionCall(Call):
             for place in set(self.task.upstream).intersection(self._traced):
                 for method in ("register_hook", "retain_grad"):
                     setattr(results[place], method, partial(_refuse_hook, self.name))
+        for place, view in self._views.items():
+            results[place] = view.of(results[view.base])
         return join.build(results)
 
     def _handed_through(self, columns: Sequence[Sequence[Tensor]]) -> dict[int, int]:
@@ -351,7 +308,8 @@ class RegionCall(Call):
                 "rematerialize out for modules that do not do the same with the same inputs."
             )
         tensors = Tree(output).tensors
-        if [place for place, tensor in enumerate(tensors) if tensor.grad_fn is not None] != self._traced:
+        have_graph = [place for place, tensor in enumerate(tensors) if tensor.grad_fn is not None]
+        if [place for place in have_graph if place not in self._views] != self._traced:
             raise RuntimeError(
                 f"other outputs of {self.name} have a gradient than in its trial. Leave rematerialize out."
             )

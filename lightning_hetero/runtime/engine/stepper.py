@@ -26,7 +26,7 @@ from lightning_hetero.runtime.engine.state import saves_otherwise
 from lightning_hetero.runtime.engine.step import StepCall, StepTask
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
-from lightning_hetero.runtime.engine.verdict import Watch
+from lightning_hetero.runtime.engine.watch import Watch
 from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.runtime.transfer import version_of
 from lightning_hetero.schedule import Op, Schedule, bounds
