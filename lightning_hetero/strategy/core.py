@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +27,6 @@ from lightning_hetero.strategy.first_steps import (
     PROFILE,
     FirstSteps,
     can_gain,
-    may_accumulate,
     steps_left,
 )
 from lightning_hetero.strategy.guests import MeansByRows
@@ -272,8 +270,6 @@ class HeteroStrategyCore(PlacingCore):
             devices = [torch.device(str(device.torch_device)) for device in self._inventory.trainable]
             self._begin_together(self._team, trainer, self.model, devices)
         planning = self._planning(fitting)
-        if fitting and self._team is None:
-            planning = replace(planning, accumulates=may_accumulate(trainer))
         self._place(planning.before_optimizers())
         self.model = self._setup_model(self.model)
         if fitting:

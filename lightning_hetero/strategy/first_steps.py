@@ -42,7 +42,6 @@ WORTH_S = 120.0  # seconds that the rest of a run has to last for "auto": measur
 MEASURE_S = 10.0
 MEASURE_AND_PLAN_S = 120.0  # far more than devices, model and all policies together take, on any machine
 CALL_OVERHEAD_S = 250e-6  # of the runtime for a call of a stage; see benchmarks/overhead.py
-LIGHTNING = ("lightning.pytorch.", "pytorch_lightning.")  # whose hooks are not a user's own
 TRIAL_SHARE = 1 / 3  # of the steps to come that a trial may take
 
 
@@ -201,21 +200,6 @@ def steps_left(trainer: Any) -> float:
     steps = trainer.max_steps
     by_steps = math.inf if steps in (None, -1) else (steps - trainer.global_step) * trainer.accumulate_grad_batches
     return min(by_epochs, by_steps)
-
-
-def may_accumulate(trainer: Any) -> bool:
-    """Whether gradients of batches before may still be there when a backward begins.
-
-    Lightning's own loop clears them after the forward, unless it accumulates. Loops of users may do so at any time.
-    """
-    module = trainer.lightning_module
-    clears = getattr(type(module), "optimizer_zero_grad", None)
-    return bool(
-        trainer.accumulate_grad_batches > 1
-        or not module.automatic_optimization
-        or not getattr(clears, "__module__", "").startswith(LIGHTNING)
-        or any(hasattr(callback, "going_to_accumulate_grad_batches") for callback in trainer.callbacks)
-    )
 
 
 def can_gain(planning: Planning, wanted: str) -> bool:

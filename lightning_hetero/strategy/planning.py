@@ -60,7 +60,6 @@ class Planning:
         training: Whether gradients and optimizer state need room.
         terms: What the user has laid down.
         is_fixed: Whether the placement is decided already, whatever a profile says.
-        accumulates: Whether gradients of batches before may be there in a backward.
     """
 
     graph: ModelGraph
@@ -69,7 +68,6 @@ class Planning:
     training: bool
     terms: Terms
     is_fixed: bool
-    accumulates: bool = True
 
     @classmethod
     def of(
@@ -178,7 +176,6 @@ class Planning:
             rematerialize=self.terms.rematerialize,
             may_checkpoint=self.terms.may_checkpoint,
             defers_batch_norm=self.terms.defers_batch_norm,
-            accumulates=self.accumulates,
             constraints=self.terms.constraints,
             objective=self.terms.objective,
             time_limit_s=self.terms.time_limit_s,

@@ -154,28 +154,6 @@ def test_gradients_that_are_being_accumulated_move_along(plain: Any, hetero: Any
     assert difference(alone, spread) <= ROUNDING
 
 
-class Clears(Classifier):
-    """Gradients become zeros, not nothing."""
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad(set_to_none=False)
-
-
-def test_a_forecast_of_memory_has_room_for_gradients_of_batches_before_where_there_are_any(hetero: Any) -> None:
-    def forecast(make: type[Classifier] = Classifier, **options: Any) -> tuple[int, int]:
-        trainer = hetero(placement=SpreadOnceMeasured(), strategy={**ALWAYS, "micro_batches": 2}, **options)
-        module = make()
-        trainer.fit(module, data(), data())
-        used = trainer.strategy.plan.forecast.devices
-        return sum(device.memory_bytes for device in used), sum(p.nbytes for p in module.parameters())
-
-    cleared, gradients = forecast()
-    later = pl.callbacks.GradientAccumulationScheduler({4: 2})
-    (there, _), *others = forecast(accumulate_grad_batches=2), forecast(callbacks=[later]), forecast(Clears)
-    assert cleared < there <= cleared + gradients
-    assert all(other == (there, gradients) for other in others)
-
-
 def test_the_measured_plan_has_a_forecast_and_is_saved(hetero: Any, tmp_path: Path) -> None:
     trainer, _ = run(hetero, placement="even", strategy=ALWAYS)
     plan = trainer.strategy.plan
