@@ -30,7 +30,6 @@ class Objective:
             problem.training,
             problem.optimizer_factor,
             problem.defers_batch_norm,
-            problem.accumulates,
         )
         self._forward = Costs(problem.graph, problem.inventory, profile, False, 0.0)
 

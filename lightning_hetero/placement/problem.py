@@ -33,7 +33,6 @@ class Problem:
         rematerialize: Whether "forward" runs forwards again in the backward; None: the policy chooses.
         may_checkpoint: Whether layers may keep their inputs only and run again in the backward where nothing else fits.
         defers_batch_norm: Whether micro-batches may be normalised by their own mean and variance.
-        accumulates: Whether gradients of batches before may be there in a backward, and need room beside its own.
         constraints: Rules for every policy.
         objective: What to minimise. "step_time": seconds of a step. "throughput": the same, since the batch is given
             and steps do not overlap; in a deployment, where batches follow each other through the stages, seconds
@@ -59,7 +58,6 @@ class Problem:
     rematerialize: bool | None = False
     may_checkpoint: bool = False
     defers_batch_norm: bool = False
-    accumulates: bool = True
     constraints: Constraints = field(default_factory=Constraints)
     objective: str = "step_time"
     deployment: bool = False

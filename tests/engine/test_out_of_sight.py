@@ -16,21 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from lightning_hetero.testing.rows import rows, squares
+
 MakePair = Callable[..., Any]
 ROUNDING = 1e-12
 COLLECTED: list[Tensor] = []
 LOCAL = threading.local()
 DICE = random.Random(0)
-
-
-def rows(count: int = 16, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(count, *(shape or (8,)), generator=generator, dtype=torch.float64)
-
-
-def squares(model: nn.Module) -> Tensor:
-    y: Tensor = model(rows())
-    return y.pow(2).mean()
 
 
 def test_parametrizations_that_are_cached_around_a_call_get_their_gradients(pair: MakePair) -> None:

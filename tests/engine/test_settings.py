@@ -14,21 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_hetero.testing.rows import rows, squares
+
 MakePair = Callable[..., Any]
 ROUNDING = 1e-12
 IS_CENTRED = False
 OPTIONS: dict[str, Any] = {"centre": False}
 COUNTS = itertools.count(1)
-
-
-def rows(count: int = 16, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(count, *(shape or (8,)), generator=generator, dtype=torch.float64)
-
-
-def squares(model: nn.Module) -> Tensor:
-    y: Tensor = model(rows())
-    return y.pow(2).mean()
 
 
 def set_for_both(both: Any, change: Callable[[Any], None]) -> None:

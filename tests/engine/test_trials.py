@@ -10,19 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.runtime.engine.overlap import have_overlap
+from lightning_hetero.testing.rows import rows, squares
 
 MakePair = Callable[..., Any]
 ROUNDING = 1e-12
-
-
-def rows(count: int = 16, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(count, *(shape or (8,)), generator=generator, dtype=torch.float64)
-
-
-def squares(model: nn.Module) -> Tensor:
-    y: Tensor = model(rows())
-    return y.pow(2).mean()
 
 
 class Two(nn.Module):
