@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,12 +19,28 @@ class StayPlaced:
     Conversions of dtype take effect, moves do not. A copy of the module (copy.deepcopy, pickle) carries a copy of
     this object; the first conversion of the copy frees it: it loses guard and border hooks, and then moves as it
     is told, like any other module.
+
+    Keeps no module alive: a strong reference would make a circle, and what a copy for measuring holds on a device
+    would wait for the garbage collector.
     """
 
     def __init__(self, module: nn.Module, root: torch.device) -> None:
-        self._module = module
+        self._of = weakref.ref(module)
         self._owner = id(module)
         self._root = root
+
+    @property
+    def _module(self) -> nn.Module:
+        module = self._of()
+        assert module is not None, "called through the module"
+        return module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self._module, "owner": self._owner, "root": self._root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Belong to the module's copy, which copy and pickle make before what it holds."""
+        self._of, self._owner, self._root = weakref.ref(state["module"]), state["owner"], state["root"]
 
     def __call__(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         """What `module._apply(fn)` does now."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -54,3 +58,26 @@ def test_after_release_modules_move_again(place: Any, accelerator: EmulatedAccel
         warnings.simplefilter("error")
         model.to(accelerator.devices[0])
     assert {str(p.device) for p in model.parameters()} == {accelerator.devices[0]}
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_moves_on_its_own_and_goes_with_its_last_reference(
+    how: Callable[[nn.Module], nn.Module], place: Any, accelerator: EmulatedAccelerator
+) -> None:
+    """What copies hold on a device must not wait for the garbage collector: it is memory that no plan knows of."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    place(model, {"0": accelerator.devices[0], "1": "cpu"})
+    gc.collect()
+    gc.disable()
+    try:
+        twin = how(model[0])
+        weight = weakref.ref(twin.weight)
+        del twin
+        assert weight() is None
+    finally:
+        gc.enable()
+    moved = how(model[0]).to("cpu")
+    assert str(moved.weight.device) == "cpu"
+    assert str(model[0].weight.device) == accelerator.devices[0]
+    with pytest.warns(UserWarning, match="stays where the plan placed it"):
+        model[0].to("cpu")
