@@ -23,9 +23,14 @@ def add_hooks(module: nn.Module, before: Hook, after: Hook, *, with_kwargs: bool
 
     First in, last out: hooks of user code see inputs and outputs on the module's own device.
     """
+    add_hook_before(module, before, with_kwargs=with_kwargs)
+    nn.Module.register_forward_hook(module, after, always_call=True)
+
+
+def add_hook_before(module: nn.Module, before: Hook, *, with_kwargs: bool = True) -> None:
+    """Call `before` ahead of the module's `forward`, and of all hooks that it has by now."""
     # By the class: ScriptModule forbids the call, since it would not compile the hook. Nothing is compiled here.
     nn.Module.register_forward_pre_hook(module, before, prepend=True, with_kwargs=with_kwargs)
-    nn.Module.register_forward_hook(module, after, always_call=True)
 
 
 def remove_hooks(module: nn.Module) -> None:

@@ -16,12 +16,13 @@ from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.activation_checkpointing import Checkpointed, checkpoint_blocks
 from lightning_hetero.runtime.borders import EnterBlock, EnterSplit, LeaveBlock, LeaveSplit
 from lightning_hetero.runtime.compiled import Compiled, compile_blocks, is_compiled, keep_out_of_graphs
+from lightning_hetero.runtime.confinement import Confinement, Declare
 from lightning_hetero.runtime.emulate import METER, EnterEmulated, LeaveEmulated, Pace, paces
 from lightning_hetero.runtime.engine.engine import Engine
 from lightning_hetero.runtime.engine.record import Recorder, Recording
 from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.guard import guard, release
-from lightning_hetero.runtime.hooks import add_hooks
+from lightning_hetero.runtime.hooks import add_hook_before, add_hooks
 from lightning_hetero.runtime.layout import Block, Layout, lay_out
 from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.runtime.relocate import Replaced, relocate
@@ -40,6 +41,7 @@ class Pipelining:
         weights: Shares of the rows that micro-batches get, in proportion to each other; none: all the same.
         around: Gives values that user code may decide by, such as the epoch. Where they change, cutting is tried anew.
         compiler: Arguments of `torch.compile` for each part of the model; None does not compile.
+        confinement: Keeps batches from devices that are not trusted; None: all are.
     """
 
     micro_batches: int = 1
@@ -50,6 +52,7 @@ class Pipelining:
     weights: Sequence[float] = ()
     around: Callable[[], Sequence[Hashable]] = tuple
     compiler: Mapping[str, Any] | None = None
+    confinement: Confinement | None = None
 
 
 class PlacedModel:
@@ -136,6 +139,7 @@ class PlacedModel:
                 around=self.pipelining.around,
                 recorder=self._recorder,
                 weights=self.pipelining.weights,
+                confinement=self.pipelining.confinement,
             )
         self._checkpointed = self._checkpoint()
 
@@ -271,3 +275,6 @@ class PlacedModel:
             pace = self._paces.get(block.device.name, Pace())
             if any(other != Pace() for other in self._paces.values()):
                 add_hooks(block.module, EnterEmulated(pace), LeaveEmulated(pace))
+            confinement = self.pipelining.confinement
+            if confinement is not None and block.device.name not in confinement.trusted:
+                add_hook_before(block.module, Declare(confinement, block.name, block.device.name))

@@ -287,6 +287,7 @@ class HeteroStrategyCore(PlacingCore):
                     always=self._profile == "always",
                     steps_left=partial(steps_left, trainer),
                     device_profile=self._device_profile,
+                    confinement=self._pipelining.confinement,
                 )
                 self._watchdog = Watchdog(self._pipelining.hang_timeout_s)
             if self._team is None and FORWARD not in self._terms.schedules:
@@ -355,7 +356,7 @@ class HeteroStrategyCore(PlacingCore):
             return team.no_loss() if is_idle else self._watched_step(*args, **kwargs)
 
     def _watched_step(self, *args: Any, **kwargs: Any) -> Any:
-        with readable_out_of_memory(), frames.balanced():
+        with readable_out_of_memory(), frames.balanced(), self._confining(args):
             watch = self._watch
             if watch is None:
                 return self._training_step(args, kwargs)
@@ -390,23 +391,26 @@ class HeteroStrategyCore(PlacingCore):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step, on the rows of this process."""
-        with readable_out_of_memory(), frames.balanced(), self._evaluating_together() as is_idle:
+        with readable_out_of_memory(), frames.balanced(), self._confining(args), self._evaluating_together() as is_idle:
             return None if is_idle else super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step, on the rows of this process."""
-        with readable_out_of_memory(), frames.balanced(), self._evaluating_together() as is_idle:
+        with readable_out_of_memory(), frames.balanced(), self._confining(args), self._evaluating_together() as is_idle:
             return None if is_idle else super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's step, on the rows of this process."""
-        with readable_out_of_memory(), frames.balanced(), self._evaluating_together() as is_idle:
+        with readable_out_of_memory(), frames.balanced(), self._confining(args), self._evaluating_together() as is_idle:
             return None if is_idle else super().predict_step(*args, **kwargs)
 
     def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:
         """The batch on the root device."""
         with readable_out_of_memory():
-            return super().batch_to_device(*args, **kwargs)
+            batch = super().batch_to_device(*args, **kwargs)
+        if self._pipelining.confinement is not None:
+            self._pipelining.confinement.watch(batch)
+        return batch
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's closure, and the step."""

@@ -29,6 +29,7 @@ from lightning_hetero.profile import ModelProfile
 from lightning_hetero.profile.cache import ProfileCache, cache_key
 from lightning_hetero.profile.measure import measure_model
 from lightning_hetero.profile.recording import Recording
+from lightning_hetero.runtime.confinement import Confinement
 from lightning_hetero.runtime.engine.stepper import Look, look_away
 from lightning_hetero.strategy.planning import Planning
 from lightning_hetero.strategy.trial import MOST_STEPS, TIMED, Trial, warm_steps
@@ -55,6 +56,7 @@ class FirstSteps(Watch):
         always: Whether to plan anew however short the run is.
         steps_left: How many steps are still to come.
         device_profile: File with measured numbers of the devices; None measures them.
+        confinement: What saw which units get the batch; None if all devices are trusted.
 
     Attributes:
         planning: Makes plans; knows the measured numbers of the devices, once there are any.
@@ -70,6 +72,7 @@ class FirstSteps(Watch):
         always: bool,
         steps_left: Callable[[], float],
         device_profile: Path | None = None,
+        confinement: Confinement | None = None,
     ) -> None:
         super().__init__(first)
         self.planning = planning
@@ -77,6 +80,7 @@ class FirstSteps(Watch):
         self._always = always
         self._steps_left = steps_left
         self._device_profile = device_profile
+        self._confinement = confinement
         self._steps_s: list[float] = []
         self._recording: Recording | None = None
         self._is_recorded = False
@@ -149,7 +153,8 @@ class FirstSteps(Watch):
         try:
             inventory = _measured(self.planning.inventory, constraints.forbidden, self._device_profile)
             self.planning = self.planning.on(inventory)
-            profile = _profile_of(recording, inventory, constraints)
+            seen = () if self._confinement is None else self._confinement.seen_by
+            profile = _profile_of(recording, inventory, constraints, seen)
             self.profile = replace(profile, rows=round(profile.rows * self._parts))
             plans = self.planning.with_profile(self._factor, self.profile)
             foreseen = self.planning.foreseen(self._present, self._factor, self.profile)
@@ -180,8 +185,22 @@ def _measured(inventory: Inventory, forbidden: Collection[str], device_profile: 
     return replace(found, devices=devices, links=(*found.links, *others))
 
 
-def _profile_of(recording: Recording, inventory: Inventory, constraints: Constraints | None = None) -> ModelProfile:
-    sees_batch = (*recording.sees_batch, *recording.out_of_sight)
+def _profile_of(
+    recording: Recording,
+    inventory: Inventory,
+    constraints: Constraints | None = None,
+    seen_by: Collection[str] = (),
+) -> ModelProfile:
+    """Measure, or take from the cache.
+
+    Args:
+        recording: Of a step.
+        inventory: The devices.
+        constraints: Rules for every policy.
+        seen_by: Names of modules that were given the batch in other steps.
+    """
+    seen = {unit for unit in recording.graph.names for name in seen_by if f"{unit}.".startswith(f"{name}.")}
+    sees_batch = (*recording.sees_batch, *recording.out_of_sight, *seen)
     may = may_run(recording.graph, constraints or Constraints(), sees_batch)
     cache, key = ProfileCache(), cache_key(recording, inventory, rows=recording.rows, training=True, may_run=may)
     profile = cache.get(key)
@@ -189,7 +208,7 @@ def _profile_of(recording: Recording, inventory: Inventory, constraints: Constra
         budget_s, overhead_s = MEASURE_S, CALL_OVERHEAD_S
         profile = measure_model(recording, inventory, budget_s=budget_s, call_overhead_s=overhead_s, may_run=may)
         cache.put(key, profile)
-    return profile
+    return replace(profile, sees_batch=(*profile.sees_batch, *sorted(seen - {*profile.sees_batch})))
 
 
 def steps_left(trainer: Any) -> float:

@@ -195,6 +195,16 @@ class PlacingCore(ResumingCore, SpreadingCore):
             self._followers = StateFollows(self.model)
         self._followers.moved()
 
+    def _confining(self, batch: Any) -> AbstractContextManager[None]:
+        """Keep a batch on trusted devices, and see, within the block, which units get it, for the plan to be made."""
+        confinement, watch = self._pipelining.confinement, self._watch
+        if confinement is None:
+            return nullcontext()
+        confinement.watch(batch)
+        if self.model is None or not isinstance(watch, FirstSteps) or watch.profile is not None:
+            return nullcontext()
+        return confinement.noting(self.model, watch.planning.graph.names)
+
     def _make_stepper(self) -> Stepper | None:
         """What runs training steps in micro-batches; None if they run once on the whole batch."""
         placed = self._placed

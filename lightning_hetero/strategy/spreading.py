@@ -16,6 +16,7 @@ from lightning_hetero.devices.profile_files import read_device_profile
 from lightning_hetero.placement import Constraints, PlacementPolicy
 from lightning_hetero.placement.problem import OBJECTIVES
 from lightning_hetero.plan import Plan
+from lightning_hetero.runtime.confinement import Confinement
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.strategy.accelerator import HeteroAcceleratorCore
 from lightning_hetero.strategy.activation_checkpointing import ActivationCheckpointing
@@ -96,6 +97,7 @@ class SpreadingCore:
             objective=one_of("objective", objective, OBJECTIVES),
             time_limit_s=positive_seconds("planning_limit_s", planning_limit_s),
         )
+        trusted = self._terms.constraints.trusted
         self._checkpointing = ActivationCheckpointing.of(activation_checkpointing, self._terms.rematerialize)
         self._pipelining = Pipelining(
             defers_batch_norm=self._terms.defers_batch_norm,
@@ -103,6 +105,7 @@ class SpreadingCore:
             once_per_batch=_ONCE_PER_BATCH,
             around=around,
             compiler=compiler_options(compile),
+            confinement=None if trusted is None else Confinement(trusted),
         )
         self._device_profile = None if device_profile is None else Path(device_profile)
         if self._device_profile is not None:

@@ -309,6 +309,9 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
         unit = call.replica(lane, unit)
     given = Tree((args, kwargs) if kwargs else args)
     records = records_now()
+    confinement = call.engine.confinement
+    if confinement is not None:
+        confinement.check(unit.name, unit.worker.device, (args, kwargs))
     if given.opaque is not None:
         raise CannotCutError(f"{unit.name} is called with a {type(given.opaque).__name__}, which may hold tensors")
     if unit.draws and saves_otherwise():

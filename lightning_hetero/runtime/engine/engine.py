@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.runtime.compiled import is_compiled
+from lightning_hetero.runtime.confinement import Confinement
 from lightning_hetero.runtime.emulate import Pace
 from lightning_hetero.runtime.engine.attributes import Attributes
 from lightning_hetero.runtime.engine.batch import has_item_for_each_row, size_of
@@ -74,6 +75,7 @@ class Engine:
         around: Gives values that user code may decide by, such as the epoch.
         recorder: Where workers note what they did; None notes nothing.
         weights: Shares of the rows that micro-batches get; none: all the same.
+        confinement: Keeps batches from devices that are not trusted; None: all are.
 
     Attributes:
         cut_calls: How many calls of regions were cut so far.
@@ -97,8 +99,10 @@ class Engine:
         around: Callable[[], Sequence[Hashable]] = tuple,
         recorder: Recorder | None = None,
         weights: Sequence[float] = (),
+        confinement: Confinement | None = None,
     ) -> None:
         self.root = root
+        self.confinement = confinement
         self._around = around
         self.micro_batches = micro_batches
         self.weights = tuple(weights)
