@@ -148,6 +148,8 @@ def _may_be_checkpointed() -> bool:
     """Whether this may be the forward of activation checkpointing, or its repetition in the backward."""
     if frames.are_random_numbers_arranged() or torch.compiler.is_dynamo_compiling():  # which cannot trace the next
         return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:  # as in torch.export: no values
+        return False
     return (
         torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         or not torch.is_grad_enabled()

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.runtime.hooks import remove_hooks
+from lightning_hetero.runtime.scripting import end_scriptable
+from lightning_hetero.runtime.standin import InPlace
 
 
-class StayPlaced:
+class StayPlaced(InPlace):
     """Stands in for a placed module's `_apply`, through which every conversion of a module goes.
 
     Conversions of dtype take effect, moves do not. A copy of the module (copy.deepcopy, pickle) carries a copy of
@@ -87,4 +89,5 @@ def release(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module.__dict__.get("_apply"), StayPlaced):
             del module.__dict__["_apply"]
+        end_scriptable(module)
         remove_hooks(module)

@@ -26,6 +26,7 @@ from lightning_hetero.runtime.hooks import add_hook_before, add_hooks
 from lightning_hetero.runtime.layout import Block, Layout, lay_out
 from lightning_hetero.runtime.reconcile import DeviceReconciler
 from lightning_hetero.runtime.relocate import Replaced, relocate
+from lightning_hetero.runtime.scripting import make_scriptable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +143,12 @@ class PlacedModel:
                 confinement=self.pipelining.confinement,
             )
         self._checkpointed = self._checkpoint()
+        if self.spans_devices or self._is_paced or self.engine or self._compiled or self._checkpointed:
+            changed = (
+                *(split.module for split in self.layout.splits),
+                *(block.module for block in self.layout.blocks),
+            )
+            make_scriptable(changed, self.root)
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -218,6 +225,11 @@ class PlacedModel:
         # torch.compile would trace through the mode at every operation.
         return DeviceReconciler(self.root) if self.spans_devices and not compiled else None
 
+    @property
+    def _is_paced(self) -> bool:
+        """Whether some device is played by the CPU."""
+        return any(pace != Pace() for pace in self._paces.values())
+
     def _targets(self) -> Iterator[tuple[nn.Module, torch.device]]:
         """Every module with the device of the tensors that it owns itself."""
         for split in self.layout.splits:
@@ -273,7 +285,7 @@ class PlacedModel:
                 add_hooks(block.module, EnterBlock(device), LeaveBlock(self.root), with_kwargs=True)
             # Also where nothing is stretched: the backward of a slow block ends where that of another one begins.
             pace = self._paces.get(block.device.name, Pace())
-            if any(other != Pace() for other in self._paces.values()):
+            if self._is_paced:
                 add_hooks(block.module, EnterEmulated(pace), LeaveEmulated(pace))
             confinement = self.pipelining.confinement
             if confinement is not None and block.device.name not in confinement.trusted:

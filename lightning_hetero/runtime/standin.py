@@ -5,6 +5,7 @@ Copies and pickles of a module come without a stand-in.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,18 @@ from torch import nn
 _FORWARD = "forward"
 
 
-class StandIn:
-    """Base of what is called in the place of a module's `forward`.
+# What makes a function of a function, for those who read its code, as torch.export does.
+_OF_FUNCTIONS = ("__closure__", "__code__", "__defaults__", "__func__", "__globals__", "__kwdefaults__", "__self__")
+
+
+class InPlace:
+    """Marks what this package puts into the `__dict__` of a module, in the place of something or of nothing."""
+
+    _before: Any = None  # what was there
+
+
+class StandIn(InPlace):
+    """Base of what is called in the place of a module's `forward`. To those who look at it, it is that forward.
 
     Args:
         module: The module.
@@ -29,10 +40,16 @@ class StandIn:
         self.module = module
         self._before: Any = module.__dict__.get(_FORWARD)
         self.plain: Callable[..., Any] = module.forward
+        functools.update_wrapper(self, self.plain, updated=())  # its signature, which user code may ask for
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What torch calls."""
         raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_FUNCTIONS:
+            return getattr(self.plain, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def install(self) -> None:
         """Take the place of the module's forward."""

@@ -12,13 +12,14 @@ from torch import nn
 
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.lanes import calling_lane
+from lightning_hetero.runtime.standin import InPlace
 
 _CALL = "_compiled_call_impl"  # where torch looks before it calls a module
 _IN_ORDER = "update"
 _ALONE = ("compute", "reset")  # what they mean depends on all updates before
 
 
-class Gate:
+class Gate(InPlace):
     """Lets micro-batches use a module in order: a metric, whose state every call changes.
 
     Args:
@@ -92,7 +93,7 @@ class Gate:
         return _nothing, ()
 
 
-class _Door:
+class _Door(InPlace):
     """Stands in for a method of the module. Copies and pickles of the module have their own method there."""
 
     def __init__(self, gate: Gate, module: nn.Module, name: str) -> None:

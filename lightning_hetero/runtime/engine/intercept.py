@@ -21,7 +21,7 @@ from lightning_hetero.runtime.engine.replicas import Seat
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.worker import Worker
 from lightning_hetero.runtime.frames import HERE
-from lightning_hetero.runtime.standin import StandIn
+from lightning_hetero.runtime.standin import InPlace, StandIn
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
@@ -96,7 +96,7 @@ class _Unit:
             return self.run(*args, **kwargs)
 
 
-class ModuleUnit(_Unit):
+class ModuleUnit(_Unit, InPlace):
     """A placed module."""
 
     def __init__(self, engine: Engine, name: str, worker: Worker, stage: int, module: nn.Module) -> None:
