@@ -143,6 +143,10 @@ def trained(trainer: pl.Trainer, make: Made) -> Exported:
     return module
 
 
+@pytest.mark.feature(
+    "compile: to_torchscript, torch.jit.script and torch.export in hooks of a run",
+    note="What is scripted gets copies of tensors that are not on the root",
+)
 @pytest.mark.parametrize(("where", "micro_batches"), [("emulated", 2), ("accelerator", 1), ("root on accelerator", 2)])
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_a_placed_model_is_exported_as_a_plain_one(
@@ -170,6 +174,7 @@ def test_a_placed_model_is_exported_as_a_plain_one(
     assert not [key for part in module.modules() for key in vars(part) if key == "__prepare_scriptable__"]
 
 
+@pytest.mark.feature("compile: to_onnx in hooks of a run")
 def test_to_onnx_makes_a_file_that_computes_the_same(
     plain: Any, hetero: Any, accelerator: EmulatedAccelerator, tmp_path: Path
 ) -> None:
