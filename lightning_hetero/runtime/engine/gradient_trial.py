@@ -22,6 +22,7 @@ from lightning_hetero.runtime.engine.comparison import STEPS, as_real
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.leaves import gradients, walk
 from lightning_hetero.runtime.engine.silence import SILENCE
+from lightning_hetero.runtime.engine.steady import Steady
 from lightning_hetero.runtime.engine.tree import Tree
 
 Run = Callable[[Sequence[Tensor]], Any]  # from the tensors among the inputs to the output
@@ -215,7 +216,8 @@ class _Run:
         found: dict[int, Tensor] = {}
         with _without_hooks(leaves):
             for number, group in enumerate(groups, 1):
-                result = gradients(outputs, given, group, keep_graph=number < len(groups))
+                with Steady():  # activation checkpointing runs the forward again
+                    result = gradients(outputs, given, group, keep_graph=number < len(groups))
                 for leaf, gradient in zip(group, result, strict=True):
                     if gradient is not None:
                         found[id(leaf)] = _whole(gradient) if id(leaf) in whole else _sketch(gradient)

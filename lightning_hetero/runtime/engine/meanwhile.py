@@ -56,7 +56,8 @@ class Meanwhile:
         self.look()
 
     def _trained_now(self) -> list[bool]:
-        return [parameter.requires_grad for _, parameter in self._parameters.values()]
+        with torch._C.DisableTorchFunction():  # or whoever watches operations sees each parameter that is asked
+            return [parameter.requires_grad for _, parameter in self._parameters.values()]
 
     def look(self) -> None:
         """Compare now, if some unit has begun."""

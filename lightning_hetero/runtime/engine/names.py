@@ -271,6 +271,7 @@ def _texts_in(code: CodeType) -> Iterator[str]:
             yield from _texts_in(constant)
 
 
+@functools.lru_cache(maxsize=4096)  # each trial asks for all that a model's code calls
 def _decides(code: CodeType) -> bool:
     """Whether it compares anything, or goes one way or another."""
     found = any(

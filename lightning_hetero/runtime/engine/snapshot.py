@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from lightning_hetero.runtime.engine import contents
 from lightning_hetero.runtime.engine.contents import Thing
 from lightning_hetero.runtime.engine.meanwhile import writes_of
 from lightning_hetero.runtime.engine.names import names_of, read_in_forward
+from lightning_hetero.runtime.engine.quick_look import QuickLook
 from lightning_hetero.runtime.engine.watch import HOOKS
 from lightning_hetero.runtime.transfer import version_of
 
@@ -163,6 +164,22 @@ class Snapshot:
                 change = f"changes requires_grad of {path!r}"
                 parameter.requires_grad_(trained)
         return change
+
+    def look(self, only: Container[int] | None = None) -> Callable[[], str | None]:
+        """Something that does what `change_so_far` does, and is quick where nothing is different.
+
+        Args:
+            only: See there.
+        """
+        modules = [module for _, module in self.modules if only is None or id(module) in only]
+        parameters = [(parameter, trained) for _, parameter, trained in self._trained]
+        quick = QuickLook(modules, self._inside[:_MOST_QUICKLY], parameters)
+
+        def changed() -> str | None:
+            with torch._C.DisableTorchFunction():  # or whoever watches operations sees what is asked for here
+                return None if quick.is_as_before() else self.change_so_far(only)
+
+        return changed
 
     def change_so_far(self, only: Container[int] | None = None) -> str | None:
         """What is different at this moment, found quickly: for a look in between, after which it may be as it was.

@@ -15,6 +15,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -87,6 +88,7 @@ class Trial:
         self._owned = Owned(())
         self._in_between: str | None = None  # what was changed at some moment
         self._saves_otherwise = False
+        self._is_steady = False  # whether runs are compared
         self._records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self._traced: tuple[int, ...] | None = None
         self._upstream: tuple[int, ...] = ()
@@ -176,7 +178,8 @@ class Trial:
             if reason is not None:
                 return Verdict(None, reason)
             # Without statistics of the batch and with constant random numbers: these are no sign of a coupling.
-            with evaluating(norms), Steady():
+            self._is_steady = True
+            with evaluating(norms):
                 if norms or self._watch.any:
                     whole = self._call(given, tensors)
                 found = self._choose(given, tensors, cuts, whole, observer, snapshot, precision)
@@ -238,7 +241,8 @@ class Trial:
         """Run the region as it is. Why it cannot be cut, as far as that shows; and its output."""
         versions = [version_of(tensor) for tensor in tensors]
         watch = self._watch
-        watch.at_border = lambda: self._note(snapshot.change_so_far())
+        look = snapshot.look()
+        watch.at_border = lambda: self._note(look)
         with observer:
             whole = self._call(given, tensors)
         watch.end()
@@ -351,13 +355,16 @@ class Trial:
     def _call(self, given: Tree, tensors: Sequence[Tensor]) -> Any:
         args, kwargs = given.build(tensors)
         self._built = contents((args, *kwargs.values()))
-        return self._run(*args, **kwargs)
+        with Steady() if self._is_steady else nullcontext():
+            return self._run(*args, **kwargs)
 
     def _observer(self, tensors: Sequence[Tensor], snapshot: Snapshot) -> Observer:
-        return Observer(tensors, snapshot.tensors(), self._owned, lambda: self._note(snapshot.change_so_far(self._own)))
+        look = snapshot.look(self._own)
+        return Observer(tensors, snapshot.tensors(), self._owned, lambda: self._note(look))
 
-    def _note(self, change: str | None) -> None:
-        self._in_between = self._in_between or change
+    def _note(self, look: Callable[[], str | None]) -> None:
+        if self._in_between is None:
+            self._in_between = look()
 
     def _note_saving(self) -> None:
         self._saves_otherwise = self._saves_otherwise or (saves_otherwise() and not self._watch.in_unit)
