@@ -266,13 +266,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _only_new_objects() -> Iterator[None]:
-    """Spare collections of garbage what was there before: with torch and Lightning that takes a second each time."""
-    gc.unfreeze()
+def _only_new_objects() -> None:
+    """Spare collections of garbage what was there before: with torch and Lightning that takes a while each time."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

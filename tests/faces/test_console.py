@@ -16,6 +16,7 @@ from lightning_hetero.strategy.console import NAME, Console, show_messages
 
 ON_ONE_DEVICE = "hetero: The model fits on cpu, so it stays there."
 IMPORTS = """
+import warnings; warnings.simplefilter("ignore")
 import lightning.pytorch as pl
 from lightning.pytorch.demos.boring_classes import BoringModel
 """
@@ -36,10 +37,14 @@ CONFIGURES = {
 
 
 @pytest.fixture(scope="module")
-def stderr_of(run_after_imports: Callable[..., Any]) -> dict[str, str]:
+def stderr_of(run_forked: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What programs hear that differ in what they configure."""
-    programs = {name: PROGRAM.format(before=before) for name, before in CONFIGURES.items()}
-    done = run_after_imports(IMPORTS, programs, "-W", "ignore", HETERO_DEVICES="cpu")
+    folder = tmp_path_factory.mktemp("console")
+    done = {}
+    for name, before in CONFIGURES.items():
+        program = folder / "program.py"
+        program.write_text(IMPORTS + PROGRAM.format(before=before))
+        done[name] = run_forked(str(program), folder=folder, HETERO_DEVICES="cpu")
     assert {name: one.stderr for name, one in done.items() if one.returncode != 0} == {}
     return {name: one.stderr for name, one in done.items()}
 

@@ -59,7 +59,7 @@ def imports(namespace: str) -> str:
 @pytest.mark.feature("Fabric: strategy='hetero' by name, in both namespaces")
 @pytest.mark.parametrize("namespace", MODULES)
 def test_the_name_and_the_environment_mean_the_strategy_of_the_namespace(
-    namespace: str, run_after_imports: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    namespace: str, run_forked: RunPython, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exec(imports("lightning.fabric") + program("accelerator='cpu', devices=1"), {})
     alone = capsys.readouterr().out.splitlines()[-1].split()
@@ -67,17 +67,22 @@ def test_the_name_and_the_environment_mean_the_strategy_of_the_namespace(
         "name": program("strategy='hetero'"),
         "environment": f"import os; os.environ['LT_STRATEGY'] = 'hetero'\n{program()}",
     }
-    ran = run_after_imports(imports(namespace), programs, **DEVICES)
+    ran = {}
+    for name, text in programs.items():
+        (tmp_path / "program.py").write_text(imports(namespace) + text)
+        ran[name] = run_forked(str(tmp_path / "program.py"), folder=tmp_path, **DEVICES)
     assert "Plan by policy 'even'" in ran["name"].stdout
     assert last_line(ran["name"]) == [MODULES[namespace], "1", alone[2]]
     assert last_line(ran["environment"]) == last_line(ran["name"])
 
 
 @pytest.mark.feature("Fabric: fabric run --strategy=hetero")
-def test_the_command_line_of_fabric(run_python: RunPython, tmp_path: Path) -> None:
+def test_the_command_line_of_fabric(run_forked: RunPython, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(imports("lightning.fabric") + program(launch=""))
-    code = "import lightning_hetero; from lightning.fabric.cli import _main; _main()"
-    ran = run_python("-c", code, "run", "--strategy=hetero", "--accelerator=cpu", "script.py", **DEVICES)
+    command = tmp_path / "fabric.py"
+    command.write_text("import lightning_hetero; from lightning.fabric.cli import _main; _main()")
+    words = ("run", "--strategy=hetero", "--accelerator=cpu", "script.py")
+    ran = run_forked(str(command), *words, folder=tmp_path, **DEVICES)
     assert last_line(ran)[:2] == [MODULES["lightning.fabric"], "1"]
 
 

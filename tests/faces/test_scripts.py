@@ -1,10 +1,11 @@
-"""Programs of users, run by a Python of their own: no line of them names this package."""
+"""Programs of users, run in a process of their own: no line of them names this package."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -25,11 +26,11 @@ def spread_runs(ran: subprocess.CompletedProcess[str]) -> int:
 
 @pytest.mark.feature("programs: PL_TRAINER_STRATEGY=hetero, without a change of code")
 def test_an_environment_variable_spreads_a_script_as_it_stands(
-    namespace: str, project: Project, run_python: RunPython
+    namespace: str, project: Project, run_forked: RunPython, tmp_path: Path
 ) -> None:
     module = project(namespace)
     assert module.__file__ is not None
-    ran = run_python(module.__file__, PL_TRAINER_STRATEGY="hetero", **TWO_DEVICES)
+    ran = run_forked(module.__file__, folder=tmp_path, PL_TRAINER_STRATEGY="hetero", **TWO_DEVICES)
     assert spread_runs(ran) == 1
     assert json.loads(ran.stdout.splitlines()[-1]) == module.train(accelerator="cpu")
 
@@ -38,10 +39,11 @@ def test_an_environment_variable_spreads_a_script_as_it_stands(
     "order", [("lightning.pytorch", "pytorch_lightning"), ("pytorch_lightning", "lightning.pytorch")]
 )
 def test_one_word_spreads_runs_of_both_namespaces_in_one_process(
-    order: tuple[str, str], project: Project, run_python: RunPython
+    order: tuple[str, str], project: Project, run_forked: RunPython, tmp_path: Path
 ) -> None:
     names = [project(namespace).__name__ for namespace in order]
-    program = f"""
+    program = tmp_path / "both.py"
+    program.write_text(f"""
 import json
 import {names[0]} as one
 import {names[1]} as other
@@ -51,8 +53,8 @@ def results(**options):
 
 print()  # not on the line of a plan
 print(json.dumps([results(strategy="hetero"), results(accelerator="cpu")]))
-"""
-    ran = run_python("-c", program, **TWO_DEVICES)
+""")
+    ran = run_forked(str(program), folder=tmp_path, **TWO_DEVICES)
     assert spread_runs(ran) == 2
     spread, alone = json.loads(ran.stdout.splitlines()[-1])
     assert spread == alone
