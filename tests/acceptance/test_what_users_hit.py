@@ -29,6 +29,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import Tensor, nn
+from torch.autograd import grad as ask_for_gradients
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hetero.errors import PlacementError
@@ -914,29 +916,60 @@ class Features(nn.Module):
         return self.head(torch.tanh(self.b(features))), features
 
 
-@pytest.mark.parametrize("way", ["autograd.grad", "retain_grad", "register_hook"])
-def test_gradients_of_scores_by_the_features_that_stand_beside_them(way: str, fit_both: Any, devices: str) -> None:
-    """As class activation maps and penalties on features need them: an error, and no wrong number."""
+@pytest.mark.parametrize("way", ["retain_grad", "register_hook"])
+def test_gradients_of_scores_that_reach_the_features_beside_them(way: str, fit_both: Any, devices: str) -> None:
+    """As class activation maps need them: an error, and no wrong number."""
 
     class Penalised(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x, y = batch
             scores, features = self.net(x)
-            loss = F.cross_entropy(scores, y)
-            if way == "autograd.grad":
-                (slope,) = torch.autograd.grad(loss, features, retain_graph=True)
-                return loss * (1 + slope.abs().sum())
             if way == "retain_grad":
                 features.retain_grad()
             else:
                 features.register_hook(lambda gradient: gradient)
-            return loss
+            return F.cross_entropy(scores, y)
 
     text = "the gradient of an output of net is asked for by a hook or retain_grad"
-    if way == "autograd.grad":
-        text = "appears to not have been used in the graph"  # torch's own words
     with pytest.raises(RuntimeError, match=text):
         fit_both(lambda: Penalised(Features()), loader(), devices=devices)
+
+
+def slope_of(loss: Tensor, features: Tensor) -> Tensor:
+    (slope,) = torch.autograd.grad(loss, features, retain_graph=True)
+    return slope
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "torch.autograd.grad": lambda loss, features: torch.autograd.grad(loss, features, retain_graph=True)[0],
+    "imported": lambda loss, features: ask_for_gradients(loss, features, retain_graph=True)[0],
+    "in a helper": lambda loss, features: slope_of(loss, features),
+}
+
+
+@pytest.mark.parametrize("sees_both", [False, True])
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+def test_gradients_by_the_features_that_stand_beside_scores(
+    way: Callable[[Tensor, Tensor], Tensor],
+    sees_both: bool,
+    fit_both: Any,
+    devices: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As penalties on features need them. Cut, one of a loss that sees both would have its direct part alone."""
+
+    class Penalised(Classifier):
+        slope_of = staticmethod(way)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            scores, features = self.net(x)
+            loss = F.cross_entropy(scores, y) + (features.square().mean() if sees_both else 0.0)
+            return loss * (1 + self.slope_of(loss, features).abs().sum())
+
+    runs = fit_both(lambda: Penalised(Features()), loader(), devices=devices, watched=False)
+    assert runs.difference <= ROUNDING
+    assert "one of its outputs is made of another" in caplog.text
 
 
 def test_a_rule_for_larger_batches_than_the_first(fit_both: Any, devices: str) -> None:

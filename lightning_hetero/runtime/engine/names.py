@@ -177,6 +177,21 @@ def named_in_forward(classes: Iterable[type]) -> frozenset[str]:
     return frozenset(name for function in _reached(classes) for name in _names_in(function.__code__))
 
 
+def asks_for_gradients(classes: Iterable[type]) -> str | None:
+    """Name of a function of user classes, or of one that they name, which calls `torch.autograd.grad`; None if none is.
+
+    Args:
+        classes: The classes. All their methods are looked at.
+    """
+    classes = set(classes)
+    methods = [value for cls in classes for base in cls.__mro__ if is_users(base) for value in vars(base).values()]
+    for function in _reached(classes, methods):
+        names, known = set(_names_in(function.__code__)), function.__globals__
+        if names >= {"autograd", "grad"} or any(known.get(name) is torch.autograd.grad for name in names):
+            return function.__qualname__
+    return None
+
+
 class Reading(NamedTuple):
     """What the `forward` of some classes, and what it calls, may look at.
 

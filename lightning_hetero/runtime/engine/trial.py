@@ -31,6 +31,7 @@ from lightning_hetero.runtime.engine.comparison import close, is_finite, same, w
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.evaluating import evaluating, uncompiled
 from lightning_hetero.runtime.engine.gradient_trial import GradientTrial
+from lightning_hetero.runtime.engine.names import asks_for_gradients
 from lightning_hetero.runtime.engine.observer import Observer, Read
 from lightning_hetero.runtime.engine.overlap import have_overlap
 from lightning_hetero.runtime.engine.owned import Owned
@@ -205,6 +206,11 @@ class Trial:
                 or self._gradient_coupling(given, tensors, cut, precision, snapshot)
                 or (self._coupling_far_away(given, tensors, cut, whole, precision) if may_be_far else None)
             )
+            if reason is None and set(self._upstream).intersection(self._traced or ()):
+                # Of a loss that sees both, a gradient by the one would lack what goes through the other.
+                asking = asks_for_gradients({type(part) for each in self._callers for part in each.modules()})
+                if asking is not None:
+                    reason = f"one of its outputs is made of another, and {asking} may ask for a gradient by that"
             if reason is None:
                 return Verdict(
                     cut,
