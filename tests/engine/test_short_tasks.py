@@ -1,13 +1,9 @@
-"""Lanes of short tasks run one after the other, those of long ones side by side; the numbers are the same.
-
-Short tasks are run by the lanes themselves, long ones by the threads of the devices.
-"""
+"""Lanes of short tasks run one after the other, those of long ones side by side; the numbers are the same."""
 
 from __future__ import annotations
 
 import threading
 import time
-from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -72,29 +68,6 @@ def test_long_tasks_are_known_by_their_time(pair: MakePair) -> None:
         both.step(lambda model: model(torch.randn(8, 8)).pow(2).mean())
     assert all(worker.task_s > 0.001 for worker in both.engine.threads.workers.values())
     assert both.engine.threads.lanes_at_once == ALL
-
-
-class Where(nn.Linear):
-    """A layer that knows which thread has run it, where no trial looks for what changes."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 8)
-        self.thread = array("Q", [0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.thread[0] = threading.get_ident()
-        return super().forward(x)
-
-
-@pytest.mark.parametrize(("seconds", "by_device"), [(1e-5, False), (0.1, True)])
-def test_long_tasks_are_run_by_the_thread_of_their_device(pair: MakePair, seconds: float, by_device: bool) -> None:
-    both = pair(nn.Sequential(Where(), Where(), Where()), dict(zip("012", WHERE.values(), strict=True)))
-    both.step(lambda model: model(torch.randn(8, 8)).pow(2).mean())  # tries whether it may be cut
-    let_tasks_take(both, seconds)
-    both.step(lambda model: model(torch.randn(8, 8)).pow(2).mean())
-    threads = [worker.ident for worker in both.engine.threads.workers.values()]
-    assert [part.thread[0] in threads for part in both.model] == [by_device] * 3
-    assert both.calls == 2
 
 
 @pytest.mark.parametrize(("seconds", "lanes"), [(1e-5, 1), (0.1, ALL)])

@@ -21,7 +21,6 @@ from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.schedule import Op
 
 _WEIGHT = 1 / 16  # of the last task in the mean of all
-LONG_S = 1e-3  # from here on, tasks of a device of one thread are run by it and not by lanes
 _WORDS = {"F": "forward", "B": "backward"}
 
 
@@ -96,7 +95,7 @@ class Worker(threading.Thread):
 
     Attributes:
         busy_with: Op, unit and micro-batch of the task that runs now.
-        task_s: Seconds of a task, the mean of the last ones. (On an accelerator, of launching it.)
+        task_s: Seconds of a task that a lane has run, the mean of the last ones.
     """
 
     def __init__(self, device: str, torch_device: torch.device, threads: int, recorder: Recorder) -> None:
@@ -120,11 +119,8 @@ class Worker(threading.Thread):
 
     @property
     def takes_help(self) -> bool:
-        """Whether lanes run its tasks in their own threads; not under a profiler, where each device has its row.
-
-        Nor where tasks are long: its own thread goes from one task to the next at once, and a lane has to wake first.
-        """
-        return self._needs_no_thread and self.task_s < LONG_S and not profiler._is_profiler_enabled
+        """Whether lanes run its tasks in their own threads; not under a profiler, where each device has its row."""
+        return self._needs_no_thread and not profiler._is_profiler_enabled
 
     def submit(self, place: int, call: int, task: Task, may_begin: MayBegin | None = None) -> Future:
         """Queue a task for the thread.
@@ -152,11 +148,14 @@ class Worker(threading.Thread):
         if HERE.at_work:  # autograd came from the middle of one task to another one: what is held, nobody may wait for
             return task.run()
         self._turns.take(place, call, task.lane, may_begin)
+        start_s = perf_counter()
         begun = begin_work(self._thread_name)
         try:
             return self._run_one(task)
         finally:
             end_work(begun)
+            taken_s = perf_counter() - start_s
+            self.task_s += _WEIGHT * (taken_s - self.task_s) if self.task_s else taken_s
             self._turns.pass_on()
 
     def look_again(self) -> None:
@@ -196,7 +195,7 @@ class Worker(threading.Thread):
         self.busy_with = (op, unit, lane)
         HERE.micro_batch = lane
         records = self._recorder.records
-        start_s = perf_counter()
+        start_s = perf_counter() if records is not None else 0.0
         try:
             return _labelled(task) if profiler._is_profiler_enabled else run()
         except BaseException as raised:
@@ -207,8 +206,6 @@ class Worker(threading.Thread):
             if records is not None:
                 _finish(self.torch_device)
                 records.append(Record(self.device, unit, op, lane, start_s, perf_counter()))
-            taken_s = perf_counter() - start_s
-            self.task_s += _WEIGHT * (taken_s - self.task_s) if self.task_s else taken_s
             self.busy_with = None
 
 
