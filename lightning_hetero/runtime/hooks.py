@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+# Where a module keeps what `add_hooks` puts on it.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+
 
 class Hook:
     """Base of all hooks that this package puts on modules; that is how they are told from those of user code.

@@ -14,17 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_hetero.runtime.hooks import remove_hooks
+from lightning_hetero.runtime.hooks import HOOKS, remove_hooks
 from lightning_hetero.runtime.standin import InPlace
 
 _NAME = "__prepare_scriptable__"
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 class Scriptable(InPlace):
@@ -98,7 +91,7 @@ def _twin(module: nn.Module, root: torch.device, known: dict[int, Any]) -> nn.Mo
             own[name] = value
         elif value._before is not None:
             own[name] = value._before
-    for name in _HOOKS:
+    for name in HOOKS:
         if name in own:
             own[name] = own[name].copy()
     remove_hooks(twin)

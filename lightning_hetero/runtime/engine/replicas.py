@@ -24,12 +24,12 @@ from lightning_hetero.runtime.borders import EnterBlock
 from lightning_hetero.runtime.emulate import EnterEmulated, LeaveEmulated, Pace
 from lightning_hetero.runtime.engine.twin import twin_of
 from lightning_hetero.runtime.guard import StayPlaced
+from lightning_hetero.runtime.hooks import HOOKS
 from lightning_hetero.runtime.standin import StandIn
 from lightning_hetero.runtime.transfer import to_device, version_of
 
 _CALL = "_compiled_call_impl"
 _SMALL = 4096
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -264,7 +264,7 @@ def _move_hooks(twin: nn.Module, device: torch.device, pace: Pace) -> None:
         EnterEmulated: lambda: EnterEmulated(pace),
         LeaveEmulated: lambda: LeaveEmulated(pace),
     }
-    for name in _HOOKS:
+    for name in HOOKS:
         hooks = getattr(twin, name).copy()
         for key, hook in hooks.items():
             if type(hook) in instead:
