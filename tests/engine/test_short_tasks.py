@@ -1,9 +1,13 @@
-"""Lanes of short tasks run one after the other, those of long ones side by side; the numbers are the same."""
+"""Lanes of short tasks run one after the other, those of long ones side by side; the numbers are the same.
+
+Lanes run tasks themselves, but long ones that have to wait for a busy device are run by its own thread.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_hetero.runtime.engine.record import Recorder
+from lightning_hetero.runtime.engine.worker import Task, Worker
 from lightning_hetero.testing.cut_models import Between
 
 MakePair = Callable[..., Any]
@@ -68,6 +74,84 @@ def test_long_tasks_are_known_by_their_time(pair: MakePair) -> None:
         both.step(lambda model: model(torch.randn(8, 8)).pow(2).mean())
     assert all(worker.task_s > 0.001 for worker in both.engine.threads.workers.values())
     assert both.engine.threads.lanes_at_once == ALL
+
+
+def by_whom(worker: Worker, *, task_s: float, busy: bool) -> str:
+    """Which thread runs a task of a lane, on a device that has something else to do or not."""
+    worker.task_s = task_s
+    begun, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    others = worker.submit(0, 0, Task("F", "other", 0, 0, other)) if busy else None
+    assert not busy or begun.wait(10)
+    found: list[int] = []
+    task = Task("F", "unit", 0, 1, lambda: found.append(threading.get_ident()))
+    lane = threading.Thread(target=worker.help, args=(0, 0, task))
+    lane.start()
+    time.sleep(0.02)
+    assert not (busy and found)
+    go_on.set()
+    lane.join(10)
+    if others is not None:
+        others.get(10)
+    return {lane.ident: "lane", worker.ident: "device"}[found[0]]
+
+
+@pytest.mark.parametrize(
+    ("task_s", "busy", "by"),
+    [(1e-5, False, "lane"), (1e-5, True, "lane"), (0.1, False, "lane"), (0.1, True, "device")],
+    ids=["short, free", "short, busy", "long, free", "long, busy"],
+)
+def test_long_tasks_that_have_to_wait_are_run_by_the_thread_of_their_device(task_s: float, busy: bool, by: str) -> None:
+    worker = Worker("cpu", torch.device("cpu"), 1, Recorder())
+    worker.start()
+    try:
+        assert worker.takes_help
+        assert by_whom(worker, task_s=task_s, busy=busy) == by
+    finally:
+        worker.stop()
+        worker.join(10)
+
+
+class Seen(nn.Linear):
+    """A layer that knows what state the thread is in that runs it, where no trial looks for what changes."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.seen = array("d", [0.0] * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.002)
+        here = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        for index, state in enumerate(here):
+            self.seen[index] += state
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", ["plain", "no_grad", "inference_mode", "autocast"])
+def test_whoever_runs_a_long_task_is_in_the_state_of_the_user(pair: MakePair, mode: str) -> None:
+    both = pair(nn.Sequential(Seen(), Seen(), Seen()), dict(zip("012", WHERE.values(), strict=True)), micro_batches=4)
+    contexts: dict[str, Callable[[], Any]] = {
+        "plain": torch.enable_grad,
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    }
+    batch = torch.randn(8, 8)
+    with contexts[mode]():
+        expected = both.alone(batch)
+        both.model(batch)  # tries whether it may be cut
+        let_tasks_take(both, 0.1)
+        for part in both.model:
+            part.seen[:] = array("d", [0.0] * 3)
+        output = both.model(batch)
+    assert both.calls
+    assert torch.equal(output, expected)
+    state = [4.0 * (mode in ("plain", "autocast")), 4.0 * (mode == "inference_mode"), 4.0 * (mode == "autocast")]
+    assert [list(part.seen) for part in both.model] == [state] * 3
 
 
 @pytest.mark.parametrize(("seconds", "lanes"), [(1e-5, 1), (0.1, ALL)])

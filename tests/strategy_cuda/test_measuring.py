@@ -71,7 +71,7 @@ def test_everything_is_measured_kept_and_not_measured_again(
     print(inventory)
     trusted = [item for item in (*inventory, *inventory.links) if item.measured == MEASURED]
     if len(trusted) == len(inventory) + 2:  # what is of low confidence is measured again
-        monkeypatch.setattr("lightning_hetero.devices.measured.measure", None)
+        monkeypatch.setattr("lightning_hetero.devices.measure.measure", None)
         again = measured_inventory(resolve_devices([gpu.name, "cpu"]))
         assert dict(again[gpu.name].flops_per_s) == rates
     assert [*cache_home.rglob("*.json")] or not trusted

@@ -348,16 +348,14 @@ def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwa
             output = unit.run(*args, **kwargs)
         return output, mark(device)
 
-    helps = worker.takes_help
-    run = work if helps else partial(ThreadState(call.device_types).run, work)
-    task = Task("F", unit.name, unit.stage, lane.index, run)
+    task = Task("F", unit.name, unit.stage, lane.index, work)
     place = call.place("F", unit, lane)
     order = call.in_order(lane, unit)
     if order is None:
-        output, made_at = _done(worker, helps, place, call.number, task)
+        output, made_at = _done(call, worker, place, task)
     else:
         with order:
-            output, made_at = _done(worker, helps, place, call.number, task)
+            output, made_at = _done(call, worker, place, task)
     if (changed := inputs.changed()) is not None:
         raise CannotCutError(f"{unit.name} {changed}")
     if records:
@@ -369,14 +367,18 @@ def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwa
     return output
 
 
-def _done(worker: Worker, helps: bool, place: int, call: int, task: Task) -> Any:
+def _done(call: Call, worker: Worker, place: int, task: Task) -> Any:
     """The result of a forward."""
-    if not helps:
-        return worker.submit(place, call, task).get()
+
+    def carried(work: Callable[[], Any]) -> Callable[[], Any]:
+        return partial(ThreadState(call.device_types).run, work)
+
+    if not worker.takes_help:
+        return worker.submit(place, call.number, task._replace(run=carried(task.run))).get()
     stack = HERE.frames
     depth = len(stack)
     try:
-        return worker.help(place, call, task)
+        return worker.help(place, call.number, task, None, carried)
     finally:
         del stack[depth:]
 

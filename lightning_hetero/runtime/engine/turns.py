@@ -45,6 +45,14 @@ class Turns:
             heapq.heappush(self._waiting, (place, call, lane, next(self._arrivals), turn.release, may_begin))
         turn.acquire()
 
+    def take_now(self, may_begin: MayBegin | None = None) -> bool:
+        """Take the turn for a task of this thread if it does not have to wait. Returns whether it has it."""
+        with self._lock:
+            if self._is_taken or (may_begin is not None and not may_begin()):
+                return False
+            self._is_taken = True
+            return True
+
     def pass_on(self) -> None:
         """End a turn."""
         with self._lock:

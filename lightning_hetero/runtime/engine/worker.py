@@ -21,6 +21,8 @@ from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.schedule import Op
 
 _WEIGHT = 1 / 16  # of the last task in the mean of all
+LONG_S = 1e-3  # from here on, a lane runs a task only if it does not have to wait for the device
+Carried = Callable[[Callable[[], Any]], Callable[[], Any]]
 _WORDS = {"F": "forward", "B": "backward"}
 
 
@@ -85,7 +87,8 @@ class Worker(threading.Thread):
 
     Tasks run in this thread, or in that of the lane that needs the result. The latter spares two changes of thread for
     each task, which cost more than a small module; but the thread of an accelerator has a device of its own, and that
-    of a CPU of many threads a team of them, which lanes lack.
+    of a CPU of many threads a team of them, which lanes lack. And this thread goes from one long task to the next at
+    once, while a lane that waits for its turn has to wake first.
 
     Args:
         device: Name of the device in the plan.
@@ -95,7 +98,7 @@ class Worker(threading.Thread):
 
     Attributes:
         busy_with: Op, unit and micro-batch of the task that runs now.
-        task_s: Seconds of a task that a lane has run, the mean of the last ones.
+        task_s: Seconds of a task, the mean of the last ones. (On an accelerator, of launching it.)
     """
 
     def __init__(self, device: str, torch_device: torch.device, threads: int, recorder: Recorder) -> None:
@@ -119,7 +122,7 @@ class Worker(threading.Thread):
 
     @property
     def takes_help(self) -> bool:
-        """Whether lanes run its tasks in their own threads; not under a profiler, where each device has its row."""
+        """Whether lanes may run its tasks in their own threads; not under a profiler, where each device has its row."""
         return self._needs_no_thread and not profiler._is_profiler_enabled
 
     def submit(self, place: int, call: int, task: Task, may_begin: MayBegin | None = None) -> Future:
@@ -139,23 +142,36 @@ class Worker(threading.Thread):
         self._turns.queue(place, call, task.lane, partial(self._begun.put, (task, future)), may_begin)
         return future
 
-    def help(self, place: int, call: int, task: Task, may_begin: MayBegin | None = None) -> Any:
+    def help(
+        self, place: int, call: int, task: Task, may_begin: MayBegin | None = None, carried: Carried | None = None
+    ) -> Any:
         """Run a task in the thread of a lane, when it is its turn; see `submit`.
+
+        A long one that has to wait is left to the thread of the device.
+
+        Args:
+            place: See `submit`.
+            call: See `submit`.
+            task: The task.
+            may_begin: See `submit`.
+            carried: Makes of the work what does the same in another thread; None if it does as it is.
 
         Raises:
             BaseException: What the task raised.
         """
         if HERE.at_work:  # autograd came from the middle of one task to another one: what is held, nobody may wait for
             return task.run()
-        self._turns.take(place, call, task.lane, may_begin)
-        start_s = perf_counter()
+        if self.task_s < LONG_S:
+            self._turns.take(place, call, task.lane, may_begin)
+        elif not self._turns.take_now(may_begin):
+            if carried is not None:
+                task = task._replace(run=carried(task.run))
+            return self.submit(place, call, task, may_begin).get()
         begun = begin_work(self._thread_name)
         try:
             return self._run_one(task)
         finally:
             end_work(begun)
-            taken_s = perf_counter() - start_s
-            self.task_s += _WEIGHT * (taken_s - self.task_s) if self.task_s else taken_s
             self._turns.pass_on()
 
     def look_again(self) -> None:
@@ -195,7 +211,7 @@ class Worker(threading.Thread):
         self.busy_with = (op, unit, lane)
         HERE.micro_batch = lane
         records = self._recorder.records
-        start_s = perf_counter() if records is not None else 0.0
+        start_s = perf_counter()
         try:
             return _labelled(task) if profiler._is_profiler_enabled else run()
         except BaseException as raised:
@@ -206,6 +222,8 @@ class Worker(threading.Thread):
             if records is not None:
                 _finish(self.torch_device)
                 records.append(Record(self.device, unit, op, lane, start_s, perf_counter()))
+            taken_s = perf_counter() - start_s
+            self.task_s += _WEIGHT * (taken_s - self.task_s) if self.task_s else taken_s
             self.busy_with = None
 
 
