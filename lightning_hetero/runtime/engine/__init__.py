@@ -9,6 +9,7 @@ The pieces, from the bottom up::
     worker          one thread per device, which takes tasks in order
     lanes           threads that run the user's code for one micro-batch each
     leaves          which parameters a graph depends on, and sums of their gradients in a fixed order
+    at_once         large gradients, added up while they are in the processor's caches
     streams         random numbers that depend on micro-batch and call, not on timing
     fresh           tensors that nobody has touched since they were made
     inputs          what a unit is called with, on its device

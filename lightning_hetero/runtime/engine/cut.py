@@ -31,6 +31,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.borders import enters_by, leaves_by
 from lightning_hetero.runtime.copies import Arriving, Mark, mark, send
+from lightning_hetero.runtime.engine.at_once import adding_at_once
 from lightning_hetero.runtime.engine.fresh import Fresh
 from lightning_hetero.runtime.engine.inputs import Inputs
 from lightning_hetero.runtime.engine.lanes import Lane
@@ -89,6 +90,10 @@ class Unit(Protocol):
     @property
     def has_state(self) -> bool:
         """Whether its forward may change buffers, so that the order of micro-batches matters."""
+
+    @property
+    def has_large_weights(self) -> bool:
+        """Whether it is on the CPU with weights that are large; see `at_once`."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The ordinary call."""
@@ -216,16 +221,28 @@ class UnitCall:
         count = len(inputs)
         if not reached:
             return (None,) * count, None
-        wanted: list[Tensor | GradientEdge] = [*inputs, *self._edges]
-        if self.unit.draws and call.seed is not None:
-            with _drawing(call, self.unit, None):
-                found = gradients(reached, theirs, wanted, keep_graph=call.keeps_graph)
+        into = call.sums.sum_of(self.unit.number, lane.index) if self.unit.has_large_weights else None
+        if into is None:
+            found = self._gradients(call, reached, theirs)
+            of_leaves = found[count:]
         else:
-            found = gradients(reached, theirs, wanted, keep_graph=call.keeps_graph)
-        call.sums.add(self.unit.number, lane.index, self.number, self.leaves, found[count:])
+            with adding_at_once(into, self._edges, self.leaves, reached) as added:
+                found = self._gradients(call, reached, theirs)
+            left = zip(found[count:], added, strict=True)
+            of_leaves = [None if hook is not None and hook.is_done else gradient for gradient, hook in left]
+        call.sums.add(self.unit.number, lane.index, self.number, self.leaves, of_leaves)
         if not call.keeps_graph:
             self._inputs = self._outputs = None
         return found[:count], None if self._homes is None else mark(self.unit.worker.torch_device)
+
+    def _gradients(self, call: Call, reached: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Those of the inputs, then of the leaves."""
+        assert self._inputs is not None
+        wanted: list[Tensor | GradientEdge] = [*self._inputs, *self._edges]
+        if self.unit.draws and call.seed is not None:
+            with _drawing(call, self.unit, None):
+                return gradients(reached, given, wanted, keep_graph=call.keeps_graph)
+        return gradients(reached, given, wanted, keep_graph=call.keeps_graph)
 
 
 def _places(outputs: Sequence[Tensor], handed: Sequence[Tensor]) -> list[torch.device] | None:

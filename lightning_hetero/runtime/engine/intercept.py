@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_hetero.runtime.engine import at_once
 from lightning_hetero.runtime.engine.cut import call_unit
 from lightning_hetero.runtime.engine.key import Keys
 from lightning_hetero.runtime.engine.lanes import calling_lane, current_lane
@@ -76,6 +78,13 @@ class _Unit:
     def has_state(self) -> bool:
         """Whether its forward may change buffers, so that the order of micro-batches matters."""
         return any(part.training and part._buffers for module in self.parts for part in module.modules())
+
+    @cached_property
+    def has_large_weights(self) -> bool:
+        """Whether it is on the CPU with weights that are large, as far as is known when it is first used."""
+        if self.worker.torch_device.type != "cpu":
+            return False
+        return any(weight.numel() >= at_once.LARGE for part in self.parts for weight in part.parameters())
 
     @property
     def parts(self) -> Sequence[nn.Module]:

@@ -127,6 +127,18 @@ class OrderedSums:
                 known.come(lane, expected, number, leaves, found)
             self._settle_one(source, known)
 
+    def sum_of(self, source: Hashable, lane: int) -> Sum | None:
+        """Where a lane may add what comes from a source by itself, before it says so by `add`; None if it may not.
+
+        That is when nothing has to come before it, neither from other lanes nor from other calls of this one.
+        """
+        with self._lock:
+            known = self._sources.get(source)
+            if known is None:
+                known = self._sources[source] = _Source()
+            is_only = len(self._expected[lane].get(source, ())) == 1
+            return known.sum if is_only and known.next_lane == lane else None
+
     def is_turn_of(self, source: Hashable, lane: int) -> bool:
         """Whether what a lane brings now would not wait for others; True too where the wait may be a long one.
 
@@ -180,7 +192,7 @@ class _Source:
     """
 
     def __init__(self) -> None:
-        self.sum = _Sum()
+        self.sum = Sum()
         self.next_lane = 0
         self.lanes: dict[int, _OfLane] = {}
 
@@ -228,7 +240,7 @@ class _OfLane:
     """
 
     def __init__(self) -> None:
-        self.sum = _Sum()
+        self.sum = Sum()
         self.count = 0
         self.waiting: dict[int, tuple[Sequence[Tensor], Sequence[Tensor | None]]] = {}
 
@@ -238,14 +250,14 @@ class _OfLane:
             self.sum.add(*self.waiting.pop(number))
             self.count += 1
 
-    def rest(self) -> _Sum:
+    def rest(self) -> Sum:
         """The sum with all that has come; the lane brings no more."""
         for number in sorted(self.waiting, reverse=True):
             self.sum.add(*self.waiting.pop(number))
         return self.sum
 
 
-class _Sum:
+class Sum:
     """A sum for each of some leaves.
 
     Attributes:
@@ -304,7 +316,7 @@ def _least_references() -> tuple[int, int]:
 
 
 _LEAST_REFERENCES = _least_references() if _CAN_TELL else (0, 0)
-_REFERENCES = 4  # to a gradient in `_Sum.add`: in `tensors`, `known`, the argument here, and that of `getrefcount`
+_REFERENCES = 4  # to a gradient in `Sum.add`: in `tensors`, `known`, the argument here, and that of `getrefcount`
 
 
 def _has_one_owner(gradient: Tensor) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_hetero.runtime.engine.at_once import AddsAtOnce
+
 
 class Silence:
     """Takes hooks off tensors, and puts them back when the last of those who wanted silence is done.
@@ -26,9 +28,12 @@ class Silence:
         with self._lock:
             for leaf in leaves:
                 hooks: Any = leaf._backward_hooks
-                if hooks:
-                    self._kept[id(leaf)] = (hooks, dict(hooks))
-                    hooks.clear()
+                # A copy: threads of other calls come and go with ours.
+                theirs = {key: each for key, each in dict(hooks or {}).items() if type(each) is not AddsAtOnce}
+                if theirs:
+                    self._kept[id(leaf)] = (hooks, theirs)
+                    for key in theirs:
+                        del hooks[key]
                 self._wanted[id(leaf)] += 1
 
     def end(self, leaves: Iterable[Tensor]) -> None:
