@@ -32,6 +32,8 @@ MICRO_BATCHES = 4
 TINY_UNITS = 8
 TINY_LAPS, QUICK_TINY_LAPS = 100, 3
 LAPS, QUICK_LAPS = 25, 1
+WARM_UP, QUICK_WARM_UP = 3, 1
+QUICK_SHARE = 4  # a quick run has so much less rows
 
 Step = Callable[[], object]
 
@@ -112,10 +114,12 @@ def cpu_s(step: Step, steps: int) -> float:
     return (time.process_time() - start_s) / steps
 
 
-def compare(subject: Subject, laps: int, steps_per_turn: int) -> tuple[list[float], list[float], list[float]]:
+def compare(
+    subject: Subject, laps: int, steps_per_turn: int, warm_up: int = WARM_UP
+) -> tuple[list[float], list[float], list[float]]:
     """CPU seconds of a step in micro-batches, of the plain loop, and of the plain loop again, for each lap."""
     steps = (subject.run_cut, subject.run_plain, subject.run_plain)
-    for step in steps * 3:
+    for step in steps * warm_up:
         step()
     assert subject.placed.engine is not None
     assert not subject.placed.engine.reasons
@@ -164,13 +168,15 @@ def main() -> None:
         "one_core_us_per_call": statistics.median(a - b for a, b in zip(alone_s, loop_s, strict=True)) * us,
         "one_core_plain_us_per_call": statistics.median(loop_s) * us,
     }
-    laps = QUICK_LAPS if quick else LAPS
+    laps, warm_up = (QUICK_LAPS, QUICK_WARM_UP) if quick else (LAPS, WARM_UP)
     for model in (mlp, transformer, convnet):
         layers, batch = model()
+        if quick:
+            batch = batch[: len(batch) // QUICK_SHARE]
         subject = Subject(layers, batch, [2 * layer // len(layers) for layer in range(len(layers))])
-        cut_s, plain_s, again_s = compare(subject, laps, 1)
+        cut_s, plain_s, again_s = compare(subject, laps, 1, warm_up)
         with one_core():
-            alone_s, loop_s, _ = compare(subject, laps, 1)
+            alone_s, loop_s, _ = compare(subject, laps, 1, warm_up)
         subject.release()
         figures[f"{model.__name__}_ratio"] = ratio(cut_s, plain_s)
         figures[f"{model.__name__}_noise_ratio"] = ratio(again_s, plain_s)

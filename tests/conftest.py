@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +79,20 @@ else:
     # Hydra configures logging anew, which closes all handlers there are; that of absl closes its stream with it,
     # unless it is the process's own. It would be pytest's capture.
     absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
+def _remember_entry_points() -> None:
+    """Each Trainer reads the entry points of every installed package, a file each: here once for each `sys.path`."""
+    really = metadata.entry_points
+
+    @functools.cache
+    def found(path: tuple[str, ...], asked: tuple[tuple[str, Any], ...]) -> Any:
+        return really(**dict(asked))
+
+    metadata.entry_points = lambda **asked: found(tuple(sys.path), tuple(sorted(asked.items())))  # type: ignore[assignment]
+
+
+_remember_entry_points()
 
 
 def _threads() -> Things:
