@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_hetero.runtime.engine.cut import UnitCall
 from lightning_hetero.runtime.engine.region import RegionCall
+from lightning_hetero.runtime.engine.worker import Worker
 from lightning_hetero.testing.cut_models import Between, Everything, Twice
 from lightning_hetero.testing.models import MLP, Attention
 
@@ -403,3 +406,51 @@ def test_compiled_parts_run_on_their_workers(pair: Any) -> None:
     both.step(lambda model: model(rows()).pow(2).mean())
     assert both.difference < EXACT
     assert both.calls == 1
+
+
+SCALE: contextvars.ContextVar[float] = contextvars.ContextVar("scale", default=0.0)
+
+
+class Scaled(torch.autograd.Function):
+    """A backward that looks at a context variable, as layers do that are told from outside how to round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * SCALE.get()
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = Scaled.apply(super().forward(x))  # type: ignore[no-untyped-call]
+        return result
+
+
+@pytest.mark.parametrize("devices", ["cpu@speed=1,cpu@speed=1,cpu@speed=1"], ids=["emulated"])
+@pytest.mark.parametrize("by", ["lanes", "whoever is free", "devices"])
+def test_context_variables_of_the_backward(
+    pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, by: str, devices: str
+) -> None:
+    """On the CPU, where the backward of one device runs in the thread of the user."""
+    both = pair(nn.Sequential(*(ScaledLinear(8, 8).double() for _ in range(3))))
+    batch = torch.randn(16, 8, dtype=torch.float64)
+    if by == "devices":
+        monkeypatch.setattr(Worker, "takes_help", False)
+
+    def loss(model: nn.Module) -> Tensor:
+        SCALE.set(1.0)
+        result: Tensor = model(batch).pow(2).mean()
+        SCALE.set(3.0)  # for the backward alone
+        return result
+
+    def step() -> None:
+        for worker in both.engine.threads.workers.values():
+            worker.task_s = 1e-5 if by == "lanes" else 0.1
+        both.step(loss)
+
+    contextvars.copy_context().run(lambda: [step() for _ in range(3)])
+    assert both.calls == 3
+    assert both.difference < 1e-12

@@ -38,6 +38,7 @@ from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import gradients, walk
 from lightning_hetero.runtime.engine.state import (
     ThreadState,
+    in_this_context,
     is_plain,
     records_now,
     saves_otherwise,
@@ -192,8 +193,12 @@ class UnitCall:
         task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, given, arriving))
         may_begin = call.turn_of(lane, self.unit)
         if worker.takes_help and is_plain():
-            self._result = partial(worker.help, place, call.number, task, may_begin)
+            self._result = partial(worker.help, place, call.number, task, may_begin, in_this_context)
         else:
+            if (
+                worker.torch_device.type == "cpu"
+            ):  # whose backward is in the thread of the user, elsewhere autograd has its own
+                task = task._replace(run=in_this_context(task.run))
             self._result = worker.submit(place, call.number, task, may_begin).get
 
     def wait(self) -> Sequence[Tensor | None]:

@@ -15,6 +15,7 @@ graph; the backward of a lane runs its forward once more, and only a few lanes a
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -254,7 +255,12 @@ class RegionCall(Call):
                 self._draws_again = True
             self.engine.interceptions.renew_replicas()
         self._ready = mark(self.engine.root)
-        self._start(lambda lane: self._lane_backward(lane, given), self.engine.threads.lanes_at_once)
+        context = contextvars.copy_context()
+
+        def work(lane: Lane) -> None:
+            context.copy().run(self._lane_backward, lane, given)
+
+        self._start(work, self.engine.threads.lanes_at_once)
 
     def _lane_backward(self, lane: Lane, given: tuple[Tensor | None, ...]) -> None:
         if self.task.rematerialized is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -113,6 +114,11 @@ def is_plain() -> bool:
         or torch.is_inference_mode_enabled()
         or saves_otherwise()
     )
+
+
+def in_this_context(function: Callable[[], Result]) -> Callable[[], Result]:
+    """The function, with the context variables of this thread wherever it is called."""
+    return functools.partial(contextvars.copy_context().run, function)
 
 
 def _without_tensors(frame: Frame) -> Frame:
