@@ -39,6 +39,14 @@ class TorchPipeline:
         """
         for pipe in self._pipes:
             pipe.send((stages_s, micro_batches, repetitions))
+        return self.answers()[0]
+
+    def answers(self) -> list[float]:
+        """What each of them sends next.
+
+        Raises:
+            RuntimeError: A process has died, or answers no more.
+        """
         answers: list[float] = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(PATIENCE_S):
@@ -47,7 +55,7 @@ class TorchPipeline:
                 answers.append(pipe.recv())
             except EOFError:
                 raise RuntimeError(f"process {rank} of torch's pipeline has ended, see its traceback above") from None
-        return answers[0]
+        return answers
 
 
 @contextmanager
@@ -64,8 +72,10 @@ def torch_pipeline() -> Iterator[TorchPipeline]:
             process.start()
         for _, theirs in ends:
             theirs.close()  # so that a process which dies is noticed
+        pipeline = TorchPipeline([ours for ours, _ in ends])
         try:
-            yield TorchPipeline([ours for ours, _ in ends])
+            pipeline.answers()  # what is measured first must not share the processor with their start
+            yield pipeline
         finally:
             for ours, _ in ends:
                 ours.close()
@@ -85,6 +95,7 @@ def _serve(rank: int, store: Path, pipe: Connection) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=STAGES, timeout=timedelta(seconds=PATIENCE_S)
     )
     try:
+        pipe.send(0.0)  # it is there
         while True:
             stages_s, micro_batches, repetitions = pipe.recv()
             pipe.send(_measure(rank, stages_s[rank], micro_batches, repetitions))

@@ -103,24 +103,28 @@ class _Work:
 
 
 class Meter(threading.local):
-    """Measures how long a thread works at each pace, and sleeps what a slower device would need on top."""
+    """Measures how long a thread works at each pace, and sleeps what a slower device would need on top.
+
+    Attributes:
+        debt_s: What it has to sleep when it is told to `pay`; None if it sleeps at once.
+    """
 
     def __init__(self) -> None:
         self._work = _Work()
         self._outer: list[_Work] = []
         self._cpu_s = self._wall_s = 0.0
         self._host_threads = 0
-        self._debt_s: float | None = None
+        self.debt_s: float | None = None
         self._late_s = 0.0
 
     def defer(self) -> None:
         """This thread sleeps when it is told to `pay`, not after every module: each sleep lasts a little too long."""
-        self._debt_s = 0.0
+        self.debt_s = 0.0
 
     def pay(self) -> None:
         """Sleep what has come together since the last time."""
-        if debt_s := self._debt_s:
-            self._debt_s = 0.0
+        if debt_s := self.debt_s:
+            self.debt_s = 0.0
             self._sleep(debt_s)
             self._start_clock()
 
@@ -176,8 +180,8 @@ class Meter(threading.local):
         usual_s = work.cpu_s if work.kind is None else work.pace.usual(work.kind, work.cpu_s)
         # What the CPU took longer than usual, or had to wait for a core, is not waited for once more.
         owed_s = usual_s * (1.0 + work.pace.stretch) - max(work.cpu_s, work.wall_s)
-        if self._debt_s is not None:
-            self._debt_s += owed_s
+        if self.debt_s is not None:
+            self.debt_s += owed_s
         else:
             self._sleep(owed_s)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_hetero.runtime import meter
 from lightning_hetero.runtime.containers import Copied, inside, is_open
 
 Visit = Callable[[Tensor], Tensor]
+_VERSION = attrgetter("_version")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -39,6 +41,14 @@ def version_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:  # asked first, `is_inference` would let go of the interpreter, for other threads to take
         return 0
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """`version_of` all of these tensors."""
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:
+        return list(map(version_of, tensors))
 
 
 def move(obj: Any, device: torch.device) -> Any:

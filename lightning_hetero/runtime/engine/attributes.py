@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 def _are_identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
     """Whether they are the same tensors: a copy with the same content is another one."""
-    return now.keys() == before.keys() and all(now[key] is before[key] for key in before)
+    return now.keys() == before.keys() and all(map(is_, map(now.get, before), before.values()))
 
 
 def _first(now: dict[str, Any], before: dict[str, Any]) -> str:

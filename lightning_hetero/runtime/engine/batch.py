@@ -143,7 +143,7 @@ class Join:
     """The outputs of all micro-batches of one call, checked for what joining needs.
 
     Args:
-        outputs: One for each micro-batch.
+        trees: The output of each micro-batch, taken apart.
         rows: Rows of each micro-batch.
 
     Attributes:
@@ -153,8 +153,7 @@ class Join:
         CannotCutError: The outputs differ in structure, or one of them has no rows.
     """
 
-    def __init__(self, outputs: Sequence[Any], rows: Sequence[int]) -> None:
-        trees = [Tree(output) for output in outputs]
+    def __init__(self, trees: Sequence[Tree], rows: Sequence[int]) -> None:
         first = self._first = trees[0]
         for tree in trees:
             if tree.opaque is not None:

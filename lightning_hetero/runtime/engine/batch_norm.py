@@ -31,6 +31,11 @@ def uses_batch(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
+def using_batch(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of some modules that do."""
+    return [module for module in modules if isinstance(module, _BatchNorm) and uses_batch(module)]
+
+
 def can_defer(module: nn.Module) -> bool:
     """Whether `Deferred` knows how to update the module's running statistics."""
     return type(module) in DEFERRABLE

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Call:
 
     Attributes:
         sums: Sums of the gradients of parameters.
+        has_failed: Whether some lane has failed, or the call was interrupted: then all stop.
         keeps_graph: Whether there may be another backward.
     """
 
@@ -53,6 +55,7 @@ class Call:
         self._rows = rows
         self._dealt: dict[int, Sequence[int]] = {}
         self._lanes = [Lane(self, index) for index in range(len(rows))]
+        self.has_failed = False
         self._crew: Crew | None = None
         self._muted: list[Tensor] = []
 
@@ -62,9 +65,12 @@ class Call:
         Raises:
             Cancelled: Some lane of the call has failed.
         """
-        crew = self._crew
-        if crew is not None and crew.failed:
+        if self.has_failed:
             raise Cancelled
+
+    def carried(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """The work of a unit, as this thread would do it, for another thread to do."""
+        return partial(ThreadState(self.device_types).run, work)
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
         """Within the block, lower lanes are done with the unit; None if their order does not matter."""
@@ -88,8 +94,7 @@ class Call:
             return None
 
         def may_begin() -> bool:
-            crew = self._crew
-            return (crew is not None and crew.failed) or sums.is_turn_of(number, index)
+            return self.has_failed or sums.is_turn_of(number, index)
 
         return may_begin
 
@@ -109,7 +114,8 @@ class Call:
 
     def _start(self, work: Callable[[Lane], None], in_flight: int) -> None:
         threads = self.engine.threads
-        self._crew = Crew(threads.pool, self._lanes, work, in_flight, ended=threads.look_again)
+        self.has_failed = False
+        self._crew = Crew(threads.pool, self, self._lanes, work, in_flight, ended=threads.look_again)
 
     def _finish(self) -> None:
         """Wait for all lanes; raise what the first of those that failed raised."""
@@ -124,7 +130,7 @@ class Call:
             raise
         self._crew = None  # it holds what its lanes do, which holds this call
         crew.raise_first(self.name)
-        if crew.failed:
+        if self.has_failed:
             raise RuntimeError(_given_up(self.name))
 
     def _stop(self) -> None:

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -37,22 +38,21 @@ from lightning_hetero.runtime.engine.inputs import Inputs
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import gradients, walk
 from lightning_hetero.runtime.engine.state import (
-    ThreadState,
     in_this_context,
     is_plain,
-    records_now,
     saves_otherwise,
     stays_in_its_thread,
 )
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree, with_attributes
-from lightning_hetero.runtime.engine.worker import Task, Worker
+from lightning_hetero.runtime.engine.worker import Cancelled, Task, Worker
 from lightning_hetero.runtime.frames import HERE, Frame
 from lightning_hetero.runtime.transfer import map_tensors, to_device, version_of
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.call import Call
 
+_detach = methodcaller("detach")
 _NO_KWARGS: dict[str, Any] = {}
 _NO_GRADIENT = torch.zeros((), device="cpu")  # what every phony gets; nobody looks at it
 
@@ -145,7 +145,7 @@ class UnitCall:
     def take_outputs(self) -> tuple[Tensor, ...]:
         """The outputs for the lane's graph, once: this may not keep them, since their graph keeps this."""
         handed, self._handed = self._handed, ()
-        return tuple([tensor.detach() for tensor in handed])
+        return tuple(map(_detach, handed))
 
     def note_memory(self, tensors: Sequence[Tensor], in_lane: Sequence[Tensor]) -> None:
         """Note which tensors share memory: those of the unit do not tell the lane's that one is a view of another.
@@ -190,7 +190,8 @@ class UnitCall:
             known = lane.fresh_gradients
             ready = None if known is None else known.ready([g for g in given if g is not None])
             arriving, given = send(given, self._places, ready), ()  # which may go as soon as they are copied
-        task = Task("B", self.unit.name, self.unit.stage, lane.index, partial(self._backward, lane, given, arriving))
+        work = partial(self._backward, call, lane, given, arriving)
+        task = Task("B", self.unit.name, self.unit.stage, lane.index, work)
         may_begin = call.turn_of(lane, self.unit)
         if worker.takes_help and is_plain():
             self._result = partial(worker.help, place, call.number, task, may_begin, in_this_context)
@@ -211,10 +212,10 @@ class UnitCall:
         return gradients
 
     def _backward(
-        self, lane: Lane, given: Sequence[Tensor | None], arriving: Arriving | None
+        self, call: Call, lane: Lane, given: Sequence[Tensor | None], arriving: Arriving | None
     ) -> tuple[Sequence[Tensor | None], Mark | None]:
-        call = lane.call
-        call.check()
+        if call.has_failed:
+            raise Cancelled
         outputs, inputs = self._outputs, self._inputs
         if outputs is None or inputs is None:
             raise RuntimeError("backward through a cut module a second time, without retain_graph=True the first time")
@@ -244,7 +245,7 @@ class UnitCall:
         """Those of the inputs, then of the leaves."""
         assert self._inputs is not None
         wanted: list[Tensor | GradientEdge] = [*self._inputs, *self._edges]
-        if self.unit.draws and call.seed is not None:
+        if call.seed is not None and self.unit.draws:
             with _drawing(call, self.unit, None):
                 return gradients(reached, given, wanted, keep_graph=call.keeps_graph)
         return gradients(reached, given, wanted, keep_graph=call.keeps_graph)
@@ -301,13 +302,14 @@ class Both(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> Any:  # noqa: D102
         ctx.call = call
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False  # what `set_materialize_grads` does
         return call.take_outputs()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
-        ctx.call.submit_backward(gradients)
-        return (None, None, *ctx.call.wait())
+        call: UnitCall = ctx.call
+        call.submit_backward(gradients)
+        return (None, None, *call.wait())
 
 
 # `Function.apply` itself would look for torch.func first: a third of its time, for what `call_unit` has ruled out.
@@ -324,13 +326,14 @@ def call_unit(lane: Lane, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, A
         Cancelled: Another lane has failed.
     """
     call = lane.call
-    call.check()
+    if call.has_failed:
+        raise Cancelled
     if stays_in_its_thread() is not None:
         return unit.run(*args, **kwargs)
     if unit.replicas:
         unit = call.replica(lane, unit)
     given = Tree((args, kwargs) if kwargs else args)
-    records = records_now()
+    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     confinement = call.engine.confinement
     if confinement is not None:
         confinement.check(unit.name, unit.worker.device, (args, kwargs))
@@ -358,7 +361,8 @@ def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwa
     number = len(lane.trace) - 1
 
     def work() -> tuple[Any, Mark | None]:
-        call.check()
+        if call.has_failed:
+            raise Cancelled
         arrived = inputs.arrive()
         args, kwargs = arrived if has_kwargs else (arrived, _NO_KWARGS)
         if home is not None:
@@ -391,16 +395,12 @@ def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwa
 
 def _done(call: Call, worker: Worker, place: int, task: Task) -> Any:
     """The result of a forward."""
-
-    def carried(work: Callable[[], Any]) -> Callable[[], Any]:
-        return partial(ThreadState(call.device_types).run, work)
-
     if not worker.takes_help:
-        return worker.submit(place, call.number, task._replace(run=carried(task.run))).get()
+        return worker.submit(place, call.number, task._replace(run=call.carried(task.run))).get()
     stack = HERE.frames
     depth = len(stack)
     try:
-        return worker.help(place, call.number, task, None, carried)
+        return worker.help(place, call.number, task, None, call.carried)
     finally:
         del stack[depth:]
 

@@ -19,7 +19,7 @@ from lightning_hetero.runtime.confinement import Confinement
 from lightning_hetero.runtime.emulate import Pace
 from lightning_hetero.runtime.engine.attributes import Attributes
 from lightning_hetero.runtime.engine.batch import has_item_for_each_row, size_of
-from lightning_hetero.runtime.engine.batch_norm import Deferred, uses_batch
+from lightning_hetero.runtime.engine.batch_norm import Deferred, using_batch
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.ended import EndedThreads
 from lightning_hetero.runtime.engine.intercept import Region
@@ -226,7 +226,7 @@ class Engine:
             self._note(region, "it is called with a list that has an item for each row, and is not cut with them")
             return None
         modules = [*modules, *region.keys.hidden]
-        normalised = list(filter(uses_batch, modules))
+        normalised = using_batch(modules)
         parts = self.split(rows)
         if normalised and min(parts) < 2:  # a single value has no variance
             parts = split_rows(rows, min(self.micro_batches, rows // 2))
@@ -409,13 +409,16 @@ def _modules(root: nn.Module) -> list[nn.Module]:
         module = todo.pop()
         if module not in found:
             found[module] = None
-            todo += [child for child in list(module._modules.values())[::-1] if child is not None]
+            if module._modules:
+                todo += [child for child in list(module._modules.values())[::-1] if child is not None]
     return list(found)
 
 
 def _own(found: Iterable[Mapping[str, Any]]) -> list[Any]:
     """The parameters or buffers of some modules, each once."""
-    return list({id(tensor): tensor for each in found for tensor in each.values() if tensor is not None}.values())
+    return list(
+        {id(tensor): tensor for each in found if each for tensor in each.values() if tensor is not None}.values()
+    )
 
 
 class _Local(threading.local):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_hetero.runtime.containers import are_unchanged, contents
 from lightning_hetero.runtime.copies import Arriving, send
 from lightning_hetero.runtime.engine.fresh import Fresh
 from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.transfer import version_of
+from lightning_hetero.runtime.transfer import version_of, versions_of
 
 
 class Inputs:
@@ -32,48 +32,36 @@ class Inputs:
     Attributes:
         traced: The lane's tensors that need a gradient.
         leaves: What stands for them in the unit's graph.
-        used: What stands for each of `given.tensors`.
+        homes: Where the gradients of `leaves` have to go; None if they stay where they are.
+        given_of: The lane's tensor, by `id` of what the unit gets for it.
     """
 
     def __init__(self, given: Tree, device: torch.device | None, *, records: bool, fresh: Fresh | None = None) -> None:
         self._given = given
         self._records = records
-        try:
-            self._versions = [tensor._version for tensor in given.tensors]
-        except RuntimeError:  # some are of inference mode
-            self._versions = [version_of(tensor) for tensor in given.tensors]
-        self._copies: list[tuple[Tensor, Tensor, int]] = []
+        self._versions = versions_of(given.tensors)
+        self._copies: Sequence[tuple[Tensor, Tensor, int]] = ()
         self._containers: list[Any] = []
         self.traced: list[Tensor] = []
         self.leaves: list[Tensor] = []
-        self.used: list[Tensor] = given.tensors
-        self._away: list[Tensor] = []
+        self.given_of: dict[int, Tensor] = {}
+        self.homes: list[torch.device] | None = None
+        self._away: Sequence[Tensor] = ()
         self._arriving: Arriving | None = None
-        self._built: Any = None
-        if device is not None:
-            self._away = [tensor for tensor in given.tensors if tensor.device != device]
-        if self._away and device is not None:
-            plain = [tensor.detach() for tensor in self._away]
+        if device is not None and (away := [tensor for tensor in given.tensors if tensor.device != device]):
+            self._away = away
+            plain = [tensor.detach() for tensor in away]
             with _counted():
-                self._arriving = send(plain, [device] * len(plain), None if fresh is None else fresh.ready(self._away))
+                self._arriving = send(plain, [device] * len(plain), None if fresh is None else fresh.ready(away))
         if self._arriving is None or (device == torch.device("cpu") and self._arriving.is_under_way):
             self._build()
-
-    @property
-    def given_of(self) -> dict[int, Tensor]:
-        """The lane's tensor, by `id` of what the unit got for it."""
-        return {id(new): old for old, new in zip(self._given.tensors, self.used, strict=True)}
-
-    @property
-    def homes(self) -> list[torch.device] | None:
-        """Where the gradients of `leaves` have to go; None if they stay where they are."""
-        return [tensor.device for tensor in self.traced] if self._copies else None
 
     def arrive(self) -> Any:
         """The arguments, for the calling thread to use."""
         if self._arriving is not None:
             self._build()
-        built, self._built = self._built, None
+        built = self._built
+        del self._built
         return built
 
     def changed(self) -> str | None:
@@ -81,13 +69,8 @@ class Inputs:
 
         A tensor of inference mode that was copied may be written to: it gets the new values.
         """
-        for tensor, version in zip(self._given.tensors, self._versions, strict=True):
-            try:
-                now = tensor._version
-            except RuntimeError:
-                now = 0
-            if now != version:
-                return "changes its input in place"
+        if self._versions != versions_of(self._given.tensors):
+            return "changes its input in place"
         for given, copy, version in self._copies:
             if version_of(copy) != version:
                 if not given.is_inference():
@@ -98,26 +81,30 @@ class Inputs:
         return None
 
     def _build(self) -> None:
-        new_of: dict[int, Tensor] = {}
-        if self._arriving is not None:
-            with _counted():
-                copies = self._arriving.take()
-            for given, copy in zip(self._away, copies, strict=True):
-                assert copy is not None
-                new_of[id(given)] = copy
-                self._copies.append((given, copy, version_of(copy)))
-            self._arriving = None
+        copy_of = None if self._arriving is None else self._arrived(self._arriving)
         used: list[Tensor] = []
         for tensor in self._given.tensors:
-            new = new_of.get(id(tensor))
+            new = tensor if copy_of is None else copy_of.get(id(tensor), tensor)
             if self._records and tensor.requires_grad:
-                new = (tensor.detach() if new is None else new).requires_grad_()
+                new = (tensor.detach() if new is tensor else new).requires_grad_()
                 self.traced.append(tensor)
                 self.leaves.append(new)
-            used.append(tensor if new is None else new)
-        self.used = used
+            self.given_of[id(new)] = tensor
+            used.append(new)
+        if copy_of is not None:
+            self.homes = [tensor.device for tensor in self.traced]
         self._built = self._given.build(used)
-        self._containers = contents(self._built) if self._given.has_containers else []
+        if self._given.has_containers:
+            self._containers = contents(self._built)
+
+    def _arrived(self, arriving: Arriving) -> dict[int, Tensor]:
+        """The copies, by `id` of what they are copies of."""
+        with _counted():
+            copies = arriving.take()
+        self._arriving = None
+        arrived = [(given, copy) for given, copy in zip(self._away, copies, strict=True) if copy is not None]
+        self._copies = [(given, copy, version_of(copy)) for given, copy in arrived]
+        return {id(given): copy for given, copy in arrived}
 
 
 @contextmanager

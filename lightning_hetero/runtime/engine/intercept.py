@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -108,9 +109,12 @@ class _Unit:
 class ModuleUnit(_Unit, InPlace):
     """A placed module."""
 
+    parts: Sequence[nn.Module] = ()
+
     def __init__(self, engine: Engine, name: str, worker: Worker, stage: int, module: nn.Module) -> None:
         super().__init__(engine, name, worker, stage)
         self.module = module
+        self.parts = (module,)
         self.region: Region | None = None  # its own, if it has replicas
         self._before: Callable[..., Any] | None = module._compiled_call_impl
 
@@ -125,11 +129,6 @@ class ModuleUnit(_Unit, InPlace):
         if self._before is not None:
             return self._before(*args, **kwargs)
         return self.module._call_impl(*args, **kwargs)
-
-    @property
-    def parts(self) -> Sequence[nn.Module]:
-        """The modules that it runs."""
-        return (self.module,)
 
     def install(self) -> None:
         """Take the place of the module's call."""
@@ -191,20 +190,17 @@ class ReplicaUnit(_Unit):
 class ChainUnit(_Unit):
     """Several modules of an nn.Sequential that follow each other on one device: one task instead of many."""
 
+    parts: Sequence[nn.Module] = ()
+
     def __init__(self, engine: Engine, name: str, worker: Worker, stage: int, modules: Sequence[nn.Module]) -> None:
         super().__init__(engine, name, worker, stage)
-        self.modules = tuple(modules)
+        self.parts = self.modules = tuple(modules)
 
     def run(self, x: Any) -> Any:
         """One module after the other."""
         for module in self.modules:
             x = module(x)
         return x
-
-    @property
-    def parts(self) -> Sequence[nn.Module]:
-        """The modules that it runs."""
-        return self.modules
 
 
 class Region(StandIn):
@@ -284,7 +280,7 @@ class Region(StandIn):
             module for link in self.chain for module in (link.modules if isinstance(link, ChainUnit) else (link,))
         ]
         found = list(self.module._modules.values())
-        return len(found) == len(expected) and all(a is b for a, b in zip(found, expected, strict=True))
+        return len(found) == len(expected) and all(map(is_, found, expected))
 
 
 class BlockRegion(Region):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from lightning_hetero.runtime.engine.settings import FLAGS, Settings
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.watch import HOOKS
 
+_HOOKS = attrgetter(*HOOKS)
 _MOST_VALUES = 8  # of one flag; with more it is taken for a number that keeps changing
 _MOST_AROUND = 2  # the same for values around the module: a step counts on for sure
 _PAUSE = 64  # calls before the second new trial for one that keeps changing; twice as many before the third, and so on
@@ -70,7 +72,7 @@ class Keys:
         self.hidden = modules[len(parts) :]
         trained = [id(each) for part in self.hidden for each in part._parameters.values() if _is_trained(each)]
         now = (
-            [(id(part), *[len(getattr(part, kind)) for kind in HOOKS]) for part in modules],
+            [(id(part), *map(len, _HOOKS(part))) for part in modules],
             found.values,
             [value if isinstance(value, FLAGS) else type(value) for value in given.values],
             [*map(id, trainable), *trained],

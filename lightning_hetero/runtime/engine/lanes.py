@@ -167,6 +167,7 @@ class Crew:
 
     Args:
         pool: The threads.
+        call: The call, which is told when all lanes have to stop, and only then.
         lanes: The lanes, in order.
         work: What each of them does.
         in_flight: How many may be under way at once; each that ends starts the next.
@@ -174,12 +175,12 @@ class Crew:
 
     Attributes:
         left: Counts the lanes that have not ended.
-        failed: Whether some lane has failed, or the call was interrupted: then all stop.
     """
 
     def __init__(
         self,
         pool: LanePool,
+        call: Call,
         lanes: Sequence[Lane],
         work: Callable[[Lane], None],
         in_flight: int,
@@ -189,15 +190,15 @@ class Crew:
         self._waiting = deque(lanes)
         self._work = work
         self._ended = ended
+        self._call = call
         self._errors: dict[int, BaseException] = {}
         self.left = Countdown(len(lanes))
-        self.failed = False
         for _ in range(min(in_flight, len(lanes))):
             pool.put(self._run)
 
     def stop(self) -> None:
         """Let all lanes stop at their next call of a unit."""
-        self.failed = True
+        self._call.has_failed = True
         self._ended()
 
     def raise_first(self, where: str) -> None:
@@ -224,10 +225,10 @@ class Crew:
 
     def _run_one(self, lane: Lane) -> None:
         try:
-            if not self.failed:
+            if not self._call.has_failed:
                 self._work(lane)
         except Cancelled:
             pass
         except BaseException as error:
             self._errors[lane.index] = error
-            self.failed = True
+            self._call.has_failed = True

@@ -15,6 +15,7 @@ from lightning_hetero.runtime.transfer import to_device
 
 OWN_CODE = -1  # source of gradients that the code of lanes brings; units have numbers from 0
 # The class of the nodes that accumulate into leaves; torch does not name it.
+_new: Any = tuple.__new__  # of a named tuple, without the function of its own
 _ACCUMULATE: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
 
@@ -32,7 +33,10 @@ def walk(outputs: Iterable[Tensor], known: Sequence[Tensor] = ()) -> tuple[list[
     known_ids = set(map(id, known))
     edges: list[GradientEdge] = []
     leaves: list[Tensor] = []
-    todo: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    todo: list[Any] = []
+    for output in outputs:
+        if output.grad_fn is not None:
+            todo.append(output.grad_fn)  # a comprehension is a call, and this runs in every call of a unit
     inner: set[Any] = set(todo)
     while todo:
         for node, _ in todo.pop().next_functions:
@@ -40,7 +44,7 @@ def walk(outputs: Iterable[Tensor], known: Sequence[Tensor] = ()) -> tuple[list[
                 leaf: Tensor = node.variable
                 if id(leaf) not in known_ids:
                     known_ids.add(id(leaf))
-                    edges.append(GradientEdge(node, 0))
+                    edges.append(_new(GradientEdge, (node, 0)))
                     leaves.append(leaf)
             elif node is not None and node not in inner:
                 inner.add(node)
@@ -286,11 +290,9 @@ class Sum:
                 gradient = to_device(gradient, known.device)
             # Autograd may hand out one tensor for two leaves (of y = a + b), and user code may keep what it returns. So
             # the first sum is a new tensor, unless nobody else has the first gradient.
-            if key in self._ours:
-                in_place = not known.is_sparse
-            else:
-                in_place = (key in self._alone or _has_one_owner(known)) and _memory(gradient) is not None
-            if in_place:
+            if key in self._alone:
+                known.add_(gradient)
+            elif not known.is_sparse if key in self._ours else _has_one_owner(known) and _memory(gradient) is not None:
                 known.add_(gradient)
                 self._alone.add(key)
             else:
@@ -298,6 +300,7 @@ class Sum:
                 self._ours.add(key)
 
 
+_IS_DENSE = torch.ops.aten.is_non_overlapping_and_dense.default
 _CAN_TELL = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")  # torch does not document them
 
 
@@ -338,7 +341,7 @@ def _has_one_owner(gradient: Tensor) -> bool:
         sys.getrefcount(gradient) <= _REFERENCES
         and gradient._use_count() == 1  # type: ignore[attr-defined]
         and torch._C._storage_Use_Count(storage._cdata) <= owners
-        and torch.ops.aten.is_non_overlapping_and_dense(gradient)  # that of `weight.sum()` is one number, seen often
+        and (gradient.is_contiguous() or _IS_DENSE(gradient))  # that of `weight.sum()` is one number, seen often
     )
 
 

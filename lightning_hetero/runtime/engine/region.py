@@ -39,7 +39,7 @@ from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree, with_attributes
 from lightning_hetero.runtime.engine.views import View, views_of
-from lightning_hetero.runtime.transfer import map_tensors, once, to_device, version_of
+from lightning_hetero.runtime.transfer import map_tensors, once, to_device, versions_of
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
@@ -70,7 +70,7 @@ class RegionCall(Call):
         self._needed = [place for place, t in enumerate(task.given.tensors) if self._state.records and t.requires_grad]
         # What a second run of the forward needs as it is now.
         self._needed_again = [*task.given.tensors, *(() if task.again is None else task.again.unchanged)]
-        self._versions = [version_of(tensor) for tensor in self._needed_again]
+        self._versions = versions_of(self._needed_again)
         self._parameters: list[Tensor] = list(task.rematerialized or ())
         self._traced: list[int] = []  # places of outputs that have a graph of their own
         self._views: dict[int, View] = {}  # of those that are parts of other outputs
@@ -91,27 +91,27 @@ class RegionCall(Call):
         Raises:
             CannotCutError: Something in the lanes cannot be cut; nothing has happened, the region may run whole.
         """
-        outputs: list[Any] = [None] * len(self._lanes)
+        outputs: dict[int, Tree] = {}
         records = self._state.records and self.task.rematerialized is None
 
         def work(lane: Lane) -> None:
             outputs[lane.index] = self._state.run(lambda: self._lane_forward(lane, records))
 
-        versions = [version_of(buffer) for buffer in self.task.buffers]
+        versions = versions_of(self.task.buffers)
         with self.task.deferred.collecting():
             self.engine.interceptions.renew_replicas()
             self._ready = mark(self.engine.root)
             self._start(work, self.engine.threads.lanes_at_once)
             self._finish()
-            same = versions == [version_of(buffer) for buffer in self.task.buffers]
-            if not same or self.engine.interceptions.replicas_changed_buffers:
+            if versions != versions_of(self.task.buffers) or self.engine.interceptions.replicas_changed_buffers:
                 raise RuntimeError(
                     f"{self.name} has changed a buffer for each of its micro-batches, which it did not do in its "
                     "trial. The buffer is not what it would be on one device. Set micro_batches=1."
                 )
-        return self._join(outputs)
+        return self._join([outputs[lane.index] for lane in self._lanes])
 
-    def _lane_forward(self, lane: Lane, records: bool) -> Any:
+    def _lane_forward(self, lane: Lane, records: bool) -> Tree:
+        """The output of one micro-batch."""
         lane.begin()
         task = self.task
         start, stop = self._offsets[lane.index], self._offsets[lane.index + 1]
@@ -137,9 +137,12 @@ class RegionCall(Call):
             for unit_call in lane.units:
                 unit_call.check_memory()
             # In a chain, what the last part returns stays where it is, and that need not be one device for all lanes.
-            return _moved(output, self.engine.root) if self.engine.has_replicas else output
+            found = Tree(_moved(output, self.engine.root) if self.engine.has_replicas else output)
+        if records:
+            self._look_at_graph(lane, found.tensors)  # here, while other lanes may be at work
+        return found
 
-    def _join(self, outputs: Sequence[Any]) -> Any:
+    def _join(self, outputs: Sequence[Tree]) -> Any:
         join = Join(outputs, self.task.rows)
         again = self.task.rematerialized is not None
         given = self.task.given.tensors
@@ -167,7 +170,7 @@ class RegionCall(Call):
             self.columns = [join.columns[place] for place in self._traced]
             if not again:
                 for lane in self._lanes:
-                    self._trace(lane, [column[lane.index] for column in self.columns])
+                    lane.outputs = [column[lane.index] for column in self.columns]
                 self._find_parameters()
             inputs = [given[place] for place in self._needed]
             phony: Any = RegionEnter.apply(self, self.engine.anchor, *inputs, *self._parameters)  # type: ignore[no-untyped-call]
@@ -196,29 +199,29 @@ class RegionCall(Call):
                 found[output] = place
         return found
 
-    def _trace(self, lane: Lane, outputs: list[Tensor]) -> None:
+    def _look_at_graph(self, lane: Lane, outputs: Sequence[Tensor]) -> None:
         """Look at the graph of a lane."""
-        lane.outputs = outputs
-        lane.edges, lane.leaves, lane.nodes = walk(outputs, [lane.anchor, *lane.inputs])
+        lane.edges, lane.leaves, nodes = walk(outputs, [lane.anchor, *lane.inputs])
+        if not self.checks_capture:
+            return
+        lane.nodes = nodes.union(*[call.inner or () for call in lane.units])
+        if "CheckpointFunctionBackward" in [kind.__name__ for kind in set(map(type, lane.nodes))]:
+            raise CannotCutError("it uses checkpoint(use_reentrant=True), which torch refuses here")
+        for call in lane.units:
+            call.inner = None  # they would keep the unit's inputs until the whole lane's backward has ended
 
     def _find_parameters(self) -> None:
         """Find the leaves that the lanes' graphs depend on."""
         found: dict[int, Tensor] = {}
         seen: set[Node] = set()
         for lane in self._lanes:
-            for leaves in (lane.leaves, *(call.leaves for call in lane.units)):
+            for leaves in [lane.leaves, *[call.leaves for call in lane.units]]:
                 found.update(zip(map(id, leaves), leaves, strict=True))
-            if self.checks_capture:
-                # A graph that several lanes share comes from outside: a tensor that is no input of the region.
-                own = lane.nodes.union(*[call.inner or () for call in lane.units])
-                if not seen.isdisjoint(own):
-                    raise CannotCutError("it uses a tensor with a graph that is not one of its inputs")
-                if "CheckpointFunctionBackward" in {type(node).__name__ for node in own}:
-                    raise CannotCutError("it uses checkpoint(use_reentrant=True), which torch refuses here")
-                seen |= own
+            # A graph that several lanes share comes from outside: a tensor that is no input of the region.
+            if not seen.isdisjoint(lane.nodes):
+                raise CannotCutError("it uses a tensor with a graph that is not one of its inputs")
+            seen |= lane.nodes
             lane.nodes = set()
-            for call in lane.units:
-                call.inner = None  # they would keep the unit's inputs until the whole lane's backward has ended
         self._parameters = list(found.values())
 
     # Backward
@@ -304,7 +307,7 @@ class RegionCall(Call):
         """Run the forward of a lane once more, this time with a graph."""
         before = lane.trace
         try:
-            output = self._state.run(lambda: self._lane_forward(lane, True))
+            tensors = self._state.run(lambda: self._lane_forward(lane, True)).tensors
         except CannotCutError as refused:
             self.engine.stop_cutting(self.name, str(refused))
             raise RuntimeError(f"the backward of {self.name} cannot be cut, because {refused}") from refused
@@ -313,13 +316,12 @@ class RegionCall(Call):
                 f"{self.name} called other modules when its forward was run again for the backward. Leave "
                 "rematerialize out for modules that do not do the same with the same inputs."
             )
-        tensors = Tree(output).tensors
         have_graph = [place for place, tensor in enumerate(tensors) if tensor.grad_fn is not None]
         if [place for place in have_graph if place not in self._views] != self._traced:
             raise RuntimeError(
                 f"other outputs of {self.name} have a gradient than in its trial. Leave rematerialize out."
             )
-        self._trace(lane, [tensors[place] for place in self._traced])
+        lane.outputs = [tensors[place] for place in self._traced]
         known = set(map(id, self._parameters))
         if any(id(leaf) not in known for leaves in (lane.leaves, *(c.leaves for c in lane.units)) for leaf in leaves):
             raise RuntimeError(
@@ -389,7 +391,7 @@ class RegionCall(Call):
         again = self.task.again
         assert again is not None  # a backward has a forward that was recorded
         lost = again.surroundings.lost
-        if lost is not None or self._versions != [version_of(tensor) for tensor in self._needed_again]:
+        if lost is not None or self._versions != versions_of(self._needed_again):
             what = "an input, parameter or buffer" if lost is None else f"the tensor {lost[1]!r}"
             raise RuntimeError(
                 f"{what} of {self.name} was changed in place after the call, but the backward needs it as it was"

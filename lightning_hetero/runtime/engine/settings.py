@@ -6,6 +6,7 @@ import functools
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from enum import Enum
+from operator import is_
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.runtime.engine.contents import is_open, is_users, members
 from lightning_hetero.runtime.engine.names import Reading, read_in_forward
+from lightning_hetero.runtime.standin import InPlace
 
 FLAGS = (bool, int, float, str, Enum, type(None), torch.dtype, torch.device)
 _PLAIN = frozenset({bool, int, float, str, type(None)})
@@ -54,13 +56,13 @@ class Found:
         """The attributes of all modules, those of modules that are found on the way too."""
         add_path, add_value = self.paths.append, self.values.append
         for index, module in enumerate(self.modules):  # grows on the way
-            for name, value in module.__dict__.items():
-                if name in _EVERY_MODULE_HAS:
-                    continue
+            members = module.__dict__
+            for name in members.keys() - _EVERY_MODULE_HAS:
+                value = members[name]
                 if type(value) in _PLAIN:
                     add_path((index, name))
                     add_value(value)
-                else:
+                elif not isinstance(value, InPlace):
                     is_named = self._any or name in self._names or name.lstrip("_") in self._names
                     self.look((index, name), value, _DEEPEST if is_named else 1)
 
@@ -166,7 +168,7 @@ class Settings:
         Args:
             modules: The modules of the region, itself first.
         """
-        if len(modules) != len(self._modules) or any(a is not b for a, b in zip(modules, self._modules, strict=True)):
+        if len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
             self._modules, self._code = list(modules), set()
             self._read(Found(modules, frozenset()))
         found = self._find(modules)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_hetero.runtime import frames
-from lightning_hetero.runtime.frames import Frame
+from lightning_hetero.runtime.frames import HERE, Frame
 
 Result = TypeVar("Result")
 
@@ -108,11 +108,11 @@ class ThreadState:
 def is_plain() -> bool:
     """Whether this thread is in none of the modes and frames that `ThreadState` hands over, context variables aside."""
     return not (
-        frames.depth()
+        HERE.frames
         or torch._C._len_torch_function_stack()
         or torch._C._is_any_autocast_enabled()
         or torch.is_inference_mode_enabled()
-        or saves_otherwise()
+        or _autograd._top_saved_tensors_default_hooks(False) is not None
     )
 
 
@@ -149,11 +149,6 @@ def are_operations_counted() -> bool:
         return False
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
-
-
-def records_now() -> bool:
-    """Whether autograd records what this thread does."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def stays_in_its_thread() -> str | None:

@@ -24,6 +24,7 @@ _PLAIN = (
 
 
 _TENSOR: tuple[type, Any] = (Tensor, ())
+_FIRST: Build = itemgetter(0)
 # Attributes of tensors that are no business of user code: marks of this package and of torch.compile.
 _MARKS = ("_hetero", "_dynamo")
 
@@ -56,22 +57,27 @@ class Tree:
         self.form: list[tuple[type, Any]] = []
         self.opaque: Any = None
         self.has_containers = False
-        self._build: Build = self._take(obj)
+        # The commonest arguments, and outputs: every call of a unit makes two of these.
+        if type(obj) is Tensor and not obj.__dict__:
+            self.tensors.append(obj)
+            self.form.append(_TENSOR)
+            self._build: Build = _FIRST
+        elif type(obj) is tuple and obj and _are_distinct(obj):
+            self.tensors += obj
+            self.form.append((tuple, len(obj)))
+            self.form += [_TENSOR] * len(obj)
+            self._build = tuple
+        else:
+            self._build = self._take(obj)
 
     def build(self, tensors: Sequence[Tensor]) -> Any:
-        """The structure with other tensors, in the order of `tensors`; containers are new."""
+        """The structure with other tensors, as many as `tensors` and in their order; containers are new."""
         return self._build(tensors)
 
     def _take(self, obj: Any) -> Build:
         if isinstance(obj, Tensor):
             return self._take_tensor(obj)
         kind = type(obj)
-        if kind is tuple and obj and not self.tensors and _are_distinct(obj):  # the commonest arguments, and outputs
-            self.form.append((kind, len(obj)))
-            self.form += [_TENSOR] * len(obj)
-            self.tensors += obj
-            last = len(obj)
-            return lambda new: tuple(new[:last])
         if isinstance(obj, dict):
             self.has_containers = True
             self.form.append((kind, tuple(obj)))

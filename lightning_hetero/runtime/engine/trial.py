@@ -295,7 +295,7 @@ class Trial:
             parts = [self._call(given, cut.take(tensors, *part)) for part in ((0, first), (first, rows))]
             if (left := _left_by_parts(snapshot)) is not None:
                 return left
-            join = Join(parts, [first, rows - first])
+            join = Join(list(map(Tree, parts)), [first, rows - first])
         except CannotCutError as refused:
             return str(refused)
         except Exception as error:

@@ -13,7 +13,6 @@ import torch
 from torch.autograd import profiler
 
 from lightning_hetero.runtime.emulate import METER
-from lightning_hetero.runtime.engine.at_work import begin_work, end_work
 from lightning_hetero.runtime.engine.faults import annotated
 from lightning_hetero.runtime.engine.record import Record, Recorder
 from lightning_hetero.runtime.engine.turns import MayBegin, Turns
@@ -167,11 +166,17 @@ class Worker(threading.Thread):
             if carried is not None:
                 task = task._replace(run=carried(task.run))
             return self.submit(place, call, task, may_begin).get()
-        begun = begin_work(self._thread_name)
+        # Meanwhile this thread is at work for the device: code of units runs where it is, calls of units do not leave
+        # it, and its random numbers are arranged, see `frames.random_numbers_arranged`. No context manager, and the
+        # name past its property, which from Python 3.14 on tells the system too: every task does this.
+        thread = HERE.thread
+        name, thread._name = thread._name, self._thread_name
+        HERE.at_work = True
         try:
             return self._run_one(task)
         finally:
-            end_work(begun)
+            HERE.at_work = False
+            thread._name = name
             self._turns.pass_on()
 
     def look_again(self) -> None:
@@ -184,7 +189,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """What the thread does."""
-        begin_work(self._thread_name)
+        HERE.at_work = True
         torch.set_num_threads(self._threads)
         _enter_device(self.torch_device)
         METER.defer()
@@ -218,7 +223,8 @@ class Worker(threading.Thread):
             annotated(raised, f"{_WORDS[op]} of {unit} on {self.device}")
             raise
         finally:
-            METER.pay()
+            if METER.debt_s:
+                METER.pay()
             if records is not None:
                 _finish(self.torch_device)
                 records.append(Record(self.device, unit, op, lane, start_s, perf_counter()))
