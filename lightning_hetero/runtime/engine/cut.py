@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _detach = methodcaller("detach")
 _NO_KWARGS: dict[str, Any] = {}
-_NO_GRADIENT = torch.zeros((), device="cpu")  # what every phony gets; nobody looks at it
+NO_GRADIENT = torch.zeros((), device="cpu")  # what every phony gets; nobody looks at it
 
 
 class CannotCutError(BaseException):
@@ -274,7 +274,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> Tensor:  # noqa: D102
         ctx.call = call
-        return _NO_GRADIENT.detach()  # a new tensor, at a quarter of the price of torch.zeros
+        return NO_GRADIENT.detach()  # a new tensor, at a quarter of the price of torch.zeros
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
@@ -293,7 +293,7 @@ class Exit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
         ctx.call.submit_backward(gradients)
-        return None, _NO_GRADIENT
+        return None, NO_GRADIENT
 
 
 class Both(torch.autograd.Function):

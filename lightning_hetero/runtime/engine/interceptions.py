@@ -62,6 +62,8 @@ class Interceptions:
 
     def renew_replicas(self) -> None:
         """Make all replicas as the modules are now. Lanes that run forwards are about to begin."""
+        if not self.seats:
+            return
         for copies in self.copies.values():
             seats = (seat for seat in self.seats if seat.copies is copies)
             copies.refresh(original for seat in seats for original in seat.originals())
