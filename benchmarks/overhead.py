@@ -6,7 +6,8 @@
 Both run in one process and take turns. CPU time of all threads is counted, so waiting does not count, neither for other
 programs nor for each other. But two threads that compute at once are slower where their cores share caches, the way to
 memory, or a clock, and the plain loop is never two. So everything is measured a second time with all threads on one
-core, where only what the engine does is left (Linux; elsewhere the two are the same).
+core, where only what the engine does is left (Linux; elsewhere the two are the same). And the two halves of each model
+run in plain loops of their own, at once in two threads: what the processor takes more for that is not the engine's.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from report import is_quick, report
@@ -89,6 +92,11 @@ class Subject:
         plan = make_plan(ManualPolicy(where), Problem(graph=find_units(root), inventory=inventory))
         self.placed = PlacedModel(root, plan, Pipelining(micro_batches=MICRO_BATCHES))
         self.placed.place()
+        middle = device_of.index(1)
+        first, second = copy.deepcopy(self.plain[:middle]), copy.deepcopy(self.plain[middle:])
+        self.first_half = first, batch
+        self.second_half = second, first(batch).detach().requires_grad_()
+        self.pool = ThreadPoolExecutor(1)
 
     def run_cut(self) -> None:
         """Forward and backward in micro-batches over the devices."""
@@ -97,13 +105,25 @@ class Subject:
 
     def release(self) -> None:
         """End the threads."""
+        self.pool.shutdown()
         self.placed.release(torch.device("cpu"))
 
     def run_plain(self) -> None:
         """Forward and backward of one micro-batch after the other."""
-        self.plain.zero_grad()
-        for part in self.batch.chunk(MICRO_BATCHES):
-            (self.plain(part).pow(2).mean() / MICRO_BATCHES).backward()
+        loop(self.plain, self.batch)
+
+    def run_halves(self) -> None:
+        """The same for the halves of the model, at the same time: the second does not wait for the first."""
+        second = self.pool.submit(loop, *self.second_half)
+        loop(*self.first_half)
+        second.result()
+
+
+def loop(model: nn.Module, batch: Tensor) -> None:
+    """Forward and backward of one micro-batch after the other."""
+    model.zero_grad()
+    for part in batch.chunk(MICRO_BATCHES):
+        (model(part).pow(2).mean() / MICRO_BATCHES).backward()
 
 
 def cpu_s(step: Step, steps: int) -> float:
@@ -114,18 +134,35 @@ def cpu_s(step: Step, steps: int) -> float:
     return (time.process_time() - start_s) / steps
 
 
-def compare(
-    subject: Subject, laps: int, steps_per_turn: int, warm_up: int = WARM_UP
-) -> tuple[list[float], list[float], list[float]]:
-    """CPU seconds of a step in micro-batches, of the plain loop, and of the plain loop again, for each lap."""
-    steps = (subject.run_cut, subject.run_plain, subject.run_plain)
+class Seconds(NamedTuple):
+    """CPU seconds of a step, for each lap.
+
+    Attributes:
+        cut: In micro-batches.
+        plain: In the plain loop.
+        again: In the plain loop once more.
+        halves: Of the halves of the model in two plain loops at once.
+    """
+
+    cut: list[float]
+    plain: list[float]
+    again: list[float]
+    halves: list[float]
+
+
+def compare(subject: Subject, laps: int, steps_per_turn: int, warm_up: int = WARM_UP) -> Seconds:
+    """CPU seconds of a step in all these ways."""
+    steps = (subject.run_cut, subject.run_plain, subject.run_plain, subject.run_halves)
     for step in steps * warm_up:
         step()
     assert subject.placed.engine is not None
     assert not subject.placed.engine.reasons
     seconds = [[cpu_s(step, steps_per_turn) for step in steps] for _ in range(laps)]
-    cut_s, plain_s, again_s = map(list, zip(*seconds, strict=True))
-    return cut_s, plain_s, again_s
+    return Seconds(*map(list, zip(*seconds, strict=True)))
+
+
+def difference(seconds: list[float], less: list[float]) -> float:
+    return statistics.median(a - b for a, b in zip(seconds, less, strict=True))
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
@@ -156,17 +193,17 @@ def main() -> None:
     layers, batch = tiny()
     # Neighbours are on different devices, so that every layer is a call of its own.
     subject = Subject(layers, batch, [layer % 2 for layer in range(len(layers))])
-    cut_s, plain_s, again_s = compare(subject, laps, 5)
+    seconds = compare(subject, laps, 5)
     with one_core():
-        alone_s, loop_s, _ = compare(subject, laps, 5)
+        alone = compare(subject, laps, 5)
     subject.release()
     us = 1e6 / (len(layers) * MICRO_BATCHES)
     figures = {
-        "us_per_call": statistics.median(a - b for a, b in zip(cut_s, plain_s, strict=True)) * us,
-        "noise_us_per_call": statistics.median(a - b for a, b in zip(again_s, plain_s, strict=True)) * us,
-        "plain_us_per_call": statistics.median(plain_s) * us,
-        "one_core_us_per_call": statistics.median(a - b for a, b in zip(alone_s, loop_s, strict=True)) * us,
-        "one_core_plain_us_per_call": statistics.median(loop_s) * us,
+        "us_per_call": difference(seconds.cut, seconds.plain) * us,
+        "noise_us_per_call": difference(seconds.again, seconds.plain) * us,
+        "plain_us_per_call": statistics.median(seconds.plain) * us,
+        "one_core_us_per_call": difference(alone.cut, alone.plain) * us,
+        "one_core_plain_us_per_call": statistics.median(alone.plain) * us,
     }
     laps, warm_up = (QUICK_LAPS, QUICK_WARM_UP) if quick else (LAPS, WARM_UP)
     for model in (mlp, transformer, convnet):
@@ -174,13 +211,14 @@ def main() -> None:
         if quick:
             batch = batch[: len(batch) // QUICK_SHARE]
         subject = Subject(layers, batch, [2 * layer // len(layers) for layer in range(len(layers))])
-        cut_s, plain_s, again_s = compare(subject, laps, 1, warm_up)
+        seconds = compare(subject, laps, 1, warm_up)
         with one_core():
-            alone_s, loop_s, _ = compare(subject, laps, 1, warm_up)
+            alone = compare(subject, laps, 1, warm_up)
         subject.release()
-        figures[f"{model.__name__}_ratio"] = ratio(cut_s, plain_s)
-        figures[f"{model.__name__}_noise_ratio"] = ratio(again_s, plain_s)
-        figures[f"{model.__name__}_one_core_ratio"] = ratio(alone_s, loop_s)
+        figures[f"{model.__name__}_ratio"] = ratio(seconds.cut, seconds.plain)
+        figures[f"{model.__name__}_noise_ratio"] = ratio(seconds.again, seconds.plain)
+        figures[f"{model.__name__}_halves_ratio"] = ratio(seconds.halves, seconds.plain)
+        figures[f"{model.__name__}_one_core_ratio"] = ratio(alone.cut, alone.plain)
     report(figures)
 
 

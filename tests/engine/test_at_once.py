@@ -216,6 +216,19 @@ def test_it_goes_on_where_another_call_silences_hooks() -> None:
     assert [*weight._backward_hooks] == [theirs.id]
 
 
+def test_hooks_that_come_between_two_calls_are_put_back_with_those_that_were_there() -> None:
+    weight, silence = nn.Parameter(torch.randn(3)), Silence()
+    first = weight.register_hook(lambda gradient: None)
+    silence.begin([weight])
+    second = weight.register_hook(lambda gradient: None)
+    silence.begin([weight])
+    assert not weight._backward_hooks
+    silence.end([weight])
+    assert not weight._backward_hooks
+    silence.end([weight])
+    assert [*weight._backward_hooks] == [first.id, second.id]
+
+
 def test_an_error_in_the_middle_leaves_no_hook_and_the_next_step_is_right(
     pair: MakePair, large: Callable[[float], None]
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _MISSING = object()
+_TENSORS = frozenset({Tensor})
 _LEFT_ALONE = object()  # stands for a value that is not put back
 
 
@@ -37,7 +38,7 @@ class Attributes:
             if not _same(module.__dict__, attributes):
                 change = f"changes the attribute {_first(module.__dict__, attributes)!r} of {type(module).__name__}"
                 _set(module.__dict__, attributes)
-            if not _are_identical(module._buffers, buffers):
+            if (buffers or module._buffers) and not _are_identical(module._buffers, buffers):
                 change = f"changes the buffer {_first(module._buffers, buffers)!r} of {type(module).__name__}"
                 _set(module._buffers, buffers)
         return change
@@ -57,7 +58,7 @@ class Attributes:
 
         A module that has its last output in an attribute would else keep the graphs of all calls, each by the next one.
         """
-        if not any(Tensor in map(type, attributes.values()) for _, attributes, _ in self._before):
+        if all(_TENSORS.isdisjoint(map(type, attributes.values())) for _, attributes, _ in self._before):
             return self
         kept = Attributes(())
         kept._before = [(module, _without_graphs(attributes), buffers) for module, attributes, buffers in self._before]

@@ -14,8 +14,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from lightning_hetero.runtime.transfer import to_device
 
 OWN_CODE = -1  # source of gradients that the code of lanes brings; units have numbers from 0
-# The class of the nodes that accumulate into leaves; torch does not name it.
 _new: Any = tuple.__new__  # of a named tuple, without the function of its own
+# The class of the nodes that accumulate into leaves; torch does not name it.
 _ACCUMULATE: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 
 
@@ -164,10 +164,10 @@ class OrderedSums:
         totals: dict[int, Tensor] = {}
         for _, source in sorted(self._sources.items(), key=lambda item: repr(item[0])):
             for leaf, total in source.sum.tensors.items():
-                known = totals.get(leaf)
+                home = source.sum.leaves[leaf].device
                 # What replicas have summed up comes home here, in one piece.
-                here = to_device(total, source.sum.leaves[leaf].device)
-                totals[leaf] = here if known is None else _plus(known, here)
+                here = total if total.device == home else to_device(total, home)
+                totals[leaf] = _plus(totals[leaf], here) if leaf in totals else here
         return totals
 
     def clear(self) -> None:

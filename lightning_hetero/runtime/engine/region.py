@@ -173,7 +173,8 @@ class RegionCall(Call):
                     lane.outputs = [column[lane.index] for column in self.columns]
                 self._find_parameters()
             inputs = [given[place] for place in self._needed]
-            whole = _exit(self, _enter(self, self.engine.anchor, *inputs, *self._parameters))
+            phony: Any = RegionEnter.apply(self, self.engine.anchor, *inputs, *self._parameters)  # type: ignore[no-untyped-call]
+            whole = _exit(self, phony)
             self.columns = []
             for place, tensor in zip(self._traced, whole, strict=True):
                 results[place] = tensor
@@ -347,7 +348,7 @@ class RegionCall(Call):
         ]
         for lane in self._lanes:
             lane.gradients = ()
-        return [*of_inputs, *(totals.get(id(parameter)) for parameter in self._parameters)]
+        return [*of_inputs, *map(totals.get, map(id, self._parameters))]
 
     @property
     def _cut(self) -> tuple[int, ...]:
@@ -457,6 +458,4 @@ class RegionExit(torch.autograd.Function):
         return None, NO_GRADIENT
 
 
-# See those of `cut`: `call_region` has ruled torch.func out.
-_enter: Any = super(torch.autograd.Function, RegionEnter).apply
-_exit: Any = super(torch.autograd.Function, RegionExit).apply
+_exit: Any = super(torch.autograd.Function, RegionExit).apply  # see those of `cut`

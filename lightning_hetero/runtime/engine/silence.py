@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +19,7 @@ class Silence:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._wanted: Counter[int] = Counter()
+        self._wanted: dict[int, int] = {}
         self._kept: dict[int, tuple[Any, dict[int, Any]]] = {}
 
     def begin(self, leaves: Iterable[Tensor]) -> None:
@@ -28,24 +27,25 @@ class Silence:
         with self._lock:
             for leaf in leaves:
                 hooks: Any = leaf._backward_hooks
-                # A copy: threads of other calls come and go with ours.
-                theirs = {key: each for key, each in dict(hooks or {}).items() if type(each) is not AddsAtOnce}
-                if theirs:
-                    self._kept[id(leaf)] = (hooks, theirs)
-                    for key in theirs:
-                        del hooks[key]
-                self._wanted[id(leaf)] += 1
+                if hooks:
+                    # A copy: threads of other calls come and go with ours.
+                    theirs = {key: each for key, each in dict(hooks).items() if type(each) is not AddsAtOnce}
+                    if theirs:  # those of an earlier call are kept already, if these came later
+                        self._kept.setdefault(id(leaf), (hooks, {}))[1].update(theirs)
+                        for key in theirs:
+                            del hooks[key]
+                self._wanted[id(leaf)] = self._wanted.get(id(leaf), 0) + 1
 
     def end(self, leaves: Iterable[Tensor]) -> None:
         """Put them back, if nobody else needs silence."""
         with self._lock:
             for leaf in leaves:
-                self._wanted[id(leaf)] -= 1
-                if self._wanted[id(leaf)] == 0:
-                    del self._wanted[id(leaf)]
-                    hooks, kept = self._kept.pop(id(leaf), (None, {}))
-                    if hooks is not None:
-                        hooks.update(kept)
+                wanted = self._wanted.pop(id(leaf)) - 1
+                if wanted:
+                    self._wanted[id(leaf)] = wanted
+                elif id(leaf) in self._kept:
+                    hooks, kept = self._kept.pop(id(leaf))
+                    hooks.update(kept)
 
 
 SILENCE = Silence()  # one for all models: two of them may have parameters in common
