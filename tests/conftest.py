@@ -117,7 +117,10 @@ def _processes_below() -> list[psutil.Process]:
     found: list[psutil.Process] = []
     todo = [os.getpid()]
     while todo:
-        for listed in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+        threads: list[Path] = []
+        with suppress(OSError):  # the process has ended meanwhile
+            threads += Path(f"/proc/{todo.pop()}/task").glob("*/children")
+        for listed in threads:
             try:
                 below = [int(pid) for pid in listed.read_text().split()]
             except OSError:  # the thread has ended meanwhile

@@ -373,8 +373,9 @@ class HeteroStrategyCore(PlacingCore):
         if self._stepper is not None and not kwargs:
             with self.precision_plugin.train_step_context():
                 result = self._stepper.run(args, self._loss_scale(), recorded)
+                if result is not None:
+                    replay(self.lightning_module, result)
             if result is not None:
-                replay(self.lightning_module, result)
                 return merged_output(result)
         with nullcontext(look_away) if recorded is None else recorded(1.0) as look:
             output = super().training_step(*args, **kwargs)

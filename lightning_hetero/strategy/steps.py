@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Number, Real
 from typing import Any
@@ -44,9 +45,9 @@ def replay(module: Any, result: StepResult) -> None:
 
 
 def _log(module: Any, name: str, entries: Sequence[tuple[int, Noted]], rows: Sequence[int]) -> None:
-    calls = [_arguments(note) for _, note in entries]
+    calls = [_arguments(module, note) for _, note in entries]
     options = {key: value for key, value in calls[0].items() if key not in ("name", "value", "batch_size")}
-    weights = [call.get("batch_size") or rows[index] for call, (index, _) in zip(calls, entries, strict=True)]
+    weights, batch_size = _weights([call.get("batch_size") for call in calls], [rows[index] for index, _ in entries])
     values = [call["value"] for call in calls]
     if not all(isinstance(value, (Number, Tensor)) for value in values):
         module.log(name, values[0], **options)  # a metric, which has been updated already
@@ -54,7 +55,8 @@ def _log(module: Any, name: str, entries: Sequence[tuple[int, Noted]], rows: Seq
     reduction = _REDUCTIONS.get(options.get("reduce_fx", "mean"))
     tensors = [value if isinstance(value, Tensor) else torch.tensor(_plain(value)) for value in values]
     if reduction == "mean":
-        value = weighted([tensor if tensor.is_floating_point() else tensor.float() for tensor in tensors], weights)
+        is_one = not any(isinstance(value, Tensor) for value in values) and len(set(values)) == 1
+        value = _exact(tensors[0]) if is_one else _mean(tensors, weights)
     elif reduction == "sum":
         value = torch.stack(tensors).sum(0)
     elif reduction in ("min", "max"):
@@ -64,7 +66,35 @@ def _log(module: Any, name: str, entries: Sequence[tuple[int, Noted]], rows: Seq
             f"self.log({name!r}, reduce_fx={options['reduce_fx']!r}) in micro-batches: known reductions are mean, sum, "
             "min and max. Set micro_batching='forward', which logs once for the whole batch."
         )
-    module.log(name, value, **options, batch_size=sum(weights))
+    module.log(name, value, **options, batch_size=batch_size)
+
+
+def _weights(given: Sequence[Any], rows: Sequence[int]) -> tuple[Sequence[float], int]:
+    """What each micro-batch counts in a mean, and what the batch counts in an epoch.
+
+    Args:
+        given: The `batch_size` that each of them was logged with, or None.
+        rows: The rows of each.
+    """
+    sizes = [count if size is None else float(size) for size, count in zip(given, rows, strict=True)]
+    is_constant = all(size is not None for size in given) and len(set(sizes)) == 1 and sizes != list(rows)
+    if is_constant or not sum(sizes):  # such as that of the loader: it is the batch's
+        return rows, int(sizes[0])
+    return sizes, int(sum(sizes))
+
+
+def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The mean with weights."""
+    exact = list(map(_exact, values))
+    total = exact[0] * weights[0]
+    for value, weight in zip(exact[1:], weights[1:], strict=True):
+        total = total + value * weight
+    return total / sum(weights)
+
+
+def _exact(value: Tensor) -> Tensor:
+    """In a dtype in which sums of many are as exact as those of Lightning's."""
+    return value if value.is_floating_point() and value.element_size() > 2 else value.float()
 
 
 def _plain(value: Any) -> float | complex:
@@ -72,8 +102,9 @@ def _plain(value: Any) -> float | complex:
     return float(value) if isinstance(value, Real) else complex(value)
 
 
-def _arguments(note: Noted) -> dict[str, Any]:
-    return {**dict(zip(("name", "value"), note.args, strict=False)), **note.kwargs}
+def _arguments(module: Any, note: Noted) -> dict[str, Any]:
+    names = ["name", "value", *list(inspect.signature(module.log).parameters)[2:]]
+    return {**dict(zip(names, note.args, strict=False)), **note.kwargs}
 
 
 def merged_output(result: StepResult) -> Any:

@@ -194,6 +194,46 @@ def test_attributes_that_a_step_sets_are_its_own_and_the_last_ones_stay(plain: A
     assert torch.equal(spread.last_loss, alone.last_loss)
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_buffer_that_another_method_than_forward_changes_does_so_in_order(
+    anew: bool, plain: Any, hetero: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Centre(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(4, dtype=torch.float64))
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, scores: Tensor) -> Tensor:
+            return (scores - self.centre) * self.scale
+
+        def update(self, scores: Tensor) -> None:
+            moved = self.centre * 0.5 + scores.detach().mean(0) * 0.5
+            if anew:
+                self.centre = moved
+            else:
+                self.centre.copy_(moved)
+
+    class Teacher(Quiet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.centred = Centre()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            scores = self(x)
+            loss = F.cross_entropy(self.centred(scores), y)
+            self.centred.update(scores)
+            return loss
+
+    alone, spread = Teacher(), Teacher()
+    plain(accumulate_grad_batches=4).fit(alone, data(batch_size=2))
+    hetero(devices=EMULATED, **STEPS).fit(spread, data(batch_size=8))
+    assert difference(alone, spread) == 0.0
+    assert torch.equal(alone.centred.centre, spread.centred.centre)
+    assert "the buffer centred.centre is changed, and not by the forward of its module" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

@@ -20,7 +20,8 @@ class Meanwhile:
     """Compares modes, attributes and requires_grad at several moments of a step with those when its first unit begins.
 
     What a step sets before that, and leaves as it is, is thus no difference: every micro-batch sets the same. This is
-    asked again and again, so it has to be quick.
+    asked again and again, so it has to be quick. Buffers of units, which lanes change in order while units run, must
+    not change between them.
 
     Args:
         modules: Names and modules; the first is the root. Its own attributes are not looked at: twins have them.
@@ -45,6 +46,9 @@ class Meanwhile:
             for key, value in attributes.items()
             if key not in _EVERY_MODULE_HAS and isinstance(value, CONTAINERS) and len(value) <= LARGE
         ]
+        self._buffers = [(name, module._buffers) for name, module in modules[1:] if id(module) not in ignored]
+        self._in_unit = False
+        self._left: list[tuple[int, int]] | None = None  # the buffers when the last unit ended
         self._before: list[dict[str, Any]] | None = None
         self._trained: list[bool] = []
         self.change: str | None = None
@@ -54,6 +58,27 @@ class Meanwhile:
         if self._before is None:
             self._before, self._trained = [dict(attributes) for _, attributes in self._below], self._trained_now()
         self.look()
+        self._in_unit = not self._in_unit
+        if self._in_unit:
+            self._look_at_buffers()
+        else:
+            self._left = self._buffers_now()
+
+    def end(self) -> None:
+        """The step is over."""
+        self._look_at_buffers()
+
+    def _buffers_now(self) -> list[tuple[int, int]]:
+        return [(id(b), version_of(b)) for _, buffers in self._buffers for b in buffers.values() if b is not None]
+
+    def _look_at_buffers(self) -> None:
+        if self._left is None or self.change is not None or (now := self._buffers_now()) == self._left:
+            return
+        names = [f"{name}.{key}" for name, buffers in self._buffers for key, b in buffers.items() if b is not None]
+        changed = [name for name, a, b in zip(names, now, self._left, strict=False) if a != b]
+        self.change = (
+            f"the buffer {changed[0] if changed else 'of a part'} is changed, and not by the forward of its module"
+        )
 
     def _trained_now(self) -> list[bool]:
         with torch._C.DisableTorchFunction():  # or whoever watches operations sees each parameter that is asked

@@ -33,7 +33,8 @@ def recorder(name: str, notes: list[Noted]) -> Callable[..., None]:
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    """What a tensor is at this moment: user code may go on with it in place, as in `loss += penalty`."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 class Elsewhere:

@@ -32,6 +32,8 @@ from lightning_hetero.runtime.transfer import version_of
 from lightning_hetero.schedule import Op, Schedule, bounds
 from lightning_hetero.schedule.rows import split_rows
 
+_MISSING = object()
+
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
 
@@ -179,7 +181,7 @@ class Stepper:
     # Ways to run
 
     def _in_lanes(self, step: _Step, scale: float, mode: _Mode) -> StepCall:
-        contents = Contents(self._module)
+        contents, before = Contents(self._module), dict(self._module.__dict__)
         seed = _seed() if mode.draws else None
         call = self._call(step, scale, self._run_beside_the_others, seed, mode.own_code_draws)
         states = self._engine.generators.states() if mode.draws else {}  # one number was drawn for the seed
@@ -188,6 +190,7 @@ class Stepper:
         finally:
             self._engine.generators.restore(states)
         uses = [step.uses[index] for index in sorted(step.uses)]
+        self._nothing_past_twins(before, uses)
         name = handed_on(uses) or contents.changed()
         if name is not None:
             raise UnsupportedError(
@@ -231,6 +234,7 @@ class Stepper:
         with self._engine.watching(watch), calls, self._elsewhere.asking(calls.log_is_called):
             call.one_by_one()
         watch.end()
+        meanwhile.end()
         if not watch.any:
             torch.set_rng_state(before)  # the seed was not needed, and no step to come draws one
         reason = self._reason(step, watch, calls, others)
@@ -305,12 +309,32 @@ class Stepper:
             return getattr(twin, self._name)(batch, *step.args[1:])
         finally:
             HERE.part_of_batch = 1.0
+            step.uses[index].look_past_setting()
 
     def _run_after_the_last(self, index: int, step: _Step) -> Any:
         self._elsewhere.index = index
+        before = dict(self._module.__dict__)
         output = self._run_beside_the_others(index, step)
+        self._nothing_past_twins(before, [step.uses[index]])
         step.uses[index].apply_to(self._module, self._own_names)
         return output
+
+    def _nothing_past_twins(self, before: Mapping[str, Any], uses: Sequence[Uses]) -> None:
+        """See to it that nothing was set on the module itself, or its class: micro-batches read what their twins have.
+
+        Raises:
+            UnsupportedError: Something was.
+        """
+        now = self._module.__dict__
+        names = [name for name in {**before, **now} if now.get(name, _MISSING) is not before.get(name, _MISSING)]
+        names = [f"self.{name}" for name in names if name not in self._own_names]
+        names += [f"type(self).{name}" for use in uses for name in use.set_on_class]
+        if names:
+            raise UnsupportedError(
+                f"{names[0]} is set in training_step by another way than through self (a hook or a bound method that "
+                "was handed on, the Trainer's lightning_module, the class). Micro-batches have a self of their own "
+                "each and do not see it. Set it through self in training_step, or set micro_batching='forward'."
+            )
 
     def _run_with(self, numbers: InTurn | Watch, index: int, step: _Step) -> Any:
         with numbers.micro_batch(index):

@@ -51,6 +51,7 @@ class Uses:
         self.written: set[str] = set()
         self._twin = twin
         self._buffers = dict(twin._buffers)
+        self._attributes = dict(twin.__dict__)
         read, written = self.read, self.written
         base: Any = type(twin)
 
@@ -76,12 +77,26 @@ class Uses:
             "__doc__": base.__doc__,
         }
         twin.__class__ = type(base.__name__, (base,), namespace)
+        self._on_class = set(vars(type(twin)))
 
     @property
     def replaced_buffers(self) -> set[str]:
         """Names of buffers that are other tensors than they were, or are there no more."""
         before, now = self._buffers, self._twin._buffers
         return {key for key in {**before, **now} if now.get(key, _MISSING) is not before.get(key, _MISSING)}
+
+    def look_past_setting(self) -> None:
+        """Note what was set by `self.__dict__[name]` or `object.__setattr__`: it may have been read before, too."""
+        before, now = self._attributes, self._twin.__dict__
+        past = {name for name in {**before, **now} if now.get(name, _MISSING) is not before.get(name, _MISSING)}
+        past -= self.written
+        self.read |= past
+        self.written |= past
+
+    @property
+    def set_on_class(self) -> list[str]:
+        """Names that were set on the twin's class, which nobody else has."""
+        return [name for name in vars(type(self._twin)) if name not in self._on_class]
 
     @property
     def replaced_for_all(self) -> set[str]:
