@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from operator import gt
@@ -45,7 +45,8 @@ class Size(NamedTuple):
 
     Attributes:
         rows: Its rows.
-        per_row: Of each tensor, the numbers in each of them, and its other dimensions; of one that is not cut, nothing.
+        per_row: Of each tensor, the numbers in each of them, and its other dimensions; of one that is not cut, all of
+            its dimensions.
     """
 
     rows: int
@@ -72,7 +73,7 @@ NO_SIZE = Size(0, ())
 def size_of(cut: Cut, tensors: Sequence[Tensor]) -> Size:
     """How large the batch among the inputs is."""
     rows = cut.rows(tensors) or 0
-    per_row: list[tuple[int, ...]] = [()] * len(tensors)
+    per_row: list[tuple[int, ...]] = [tuple(tensor.shape) for tensor in tensors]
     for place in cut.positions:
         per_row[place] = (tensors[place].numel() // max(rows, 1), *tensors[place].shape[1:])
     return Size(rows, tuple(per_row))
@@ -95,10 +96,42 @@ def candidates(tensors: Sequence[Tensor]) -> list[Cut]:
 
 
 def batch_rows(batch: Any) -> int | None:
-    """Rows of a batch of a data loader: the first dimension of its first tensor that has one; None if there is none."""
+    """Rows of a batch of a data loader: the first dimension of its first tensor that has one; None if it is not clear.
+
+    If that tensor stands in a list, the list may have an item for each row (pictures of several sizes, texts) or the
+    batch in each item (views of the same pictures). Other tensors and lists tell; where they do not, it is None.
+    """
     found = Tree(batch)
-    sizes = [tensor.shape[0] for tensor in found.tensors if tensor.dim() > 0]
-    return sizes[0] if sizes and found.opaque is None else None
+    tensors = [tensor for tensor in found.tensors if tensor.dim() > 0]
+    if not tensors or found.opaque is not None:
+        return None
+    lists = list(_lists_in(batch))
+    first = next((each for each in lists if any(item is tensors[0] for item in each)), None)
+    if first is None or len(first) < 2 or not all(isinstance(item, Tensor) and item.dim() for item in first):
+        return tensors[0].shape[0]
+    in_lists = {id(tensor) for each in lists for tensor in Tree(each).tensors}
+    sizes = {item.shape[0] for item in first}
+    if len(sizes) == 1 and (
+        any(tensor.shape[0] in sizes for tensor in tensors if id(tensor) not in in_lists)
+        or all(tensor.shape[0] in sizes for tensor in tensors)
+    ):
+        return tensors[0].shape[0]
+    differ = len({item.shape for item in first}) > 1
+    if not differ and all(len(each) != len(first) for each in lists if each is not first):
+        return tensors[0].shape[0]
+    return None if len(first) in sizes else len(first)
+
+
+def _lists_in(batch: Any) -> Iterator[Sequence[Any]]:
+    """Lists and tuples within a batch; the batch itself is none of them."""
+    todo = list(batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ())
+    while todo:
+        value = todo.pop(0)
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            yield value
+            todo += value
 
 
 def cut_rows(obj: Any, rows: int, start: int, stop: int) -> Any:

@@ -117,6 +117,8 @@ def content(value: Any, *, may_be_large: bool) -> Any:
             return value.copy() if value.nbytes <= _MOST_BYTES else None
         if isinstance(value, numpy.random.Generator):
             return copy.deepcopy(value.bit_generator.state)
+        if isinstance(value, numpy.random.RandomState):
+            return value.get_state(legacy=False)
     return members(value) if is_open(value) else None
 
 
@@ -151,6 +153,8 @@ def is_same(value: Any, kept: Any, *, quickly: bool = False) -> bool:
         return bool(value.getstate() == kept)
     if type(value).__name__ == "ndarray":
         return bool(value.tobytes() == kept.tobytes())
+    if type(value).__name__ == "RandomState":
+        return repr(value.get_state(legacy=False)) == repr(kept)
     return repr(value.bit_generator.state) == repr(kept)
 
 
@@ -175,6 +179,8 @@ def put_back(value: Any, kept: Any) -> None:
         _set_members(value, kept)
     elif type(value).__name__ == "ndarray":
         value[...] = kept
+    elif type(value).__name__ == "RandomState":
+        value.set_state(kept)
     else:
         value.bit_generator.state = kept
 
@@ -246,4 +252,9 @@ def _slots(kind: type) -> dict[str, MemberDescriptorType]:
 
 def is_users(thing: Any) -> bool:
     """Whether a class or function is one of user code."""
-    return str(thing.__module__).partition(".")[0] not in _FOREIGN
+    return is_users_package(thing.__module__)
+
+
+def is_users_package(name: object) -> bool:
+    """Whether a module of Python of that name is one of user code."""
+    return str(name).partition(".")[0] not in _FOREIGN

@@ -330,6 +330,7 @@ class Engine:
                 self.generators,
                 self._once_per_batch,
                 watch,
+                self.split,
                 self._defers_batch_norm,
                 self._module,
             )

@@ -24,11 +24,12 @@ _MOST_KEYS = 1024  # that are remembered
 class Keys:
     """Makes keys for the calls of one region.
 
-    A module may do something else if an attribute or an argument says so (a mode, a switch, the epoch). So a key has
-    the values of all flags, numbers and texts, those in objects such as `self.config`, in globals and in the classes
-    of the modules too, and there is a trial for each. Where one of them keeps changing (a counter of steps) that would
-    be a trial at every call. If the code reads it, the region runs whole at each further value; else, and if it is an
-    argument or the rate of a schedule, it gets a trial now and then.
+    A module may do something else if an attribute or an argument says so (a mode, a switch, the epoch), or for
+    arguments by other names. So a key has the structure of the inputs and the values of all flags, numbers and texts,
+    those in objects such as `self.config`, in globals and in the classes of the modules too, and there is a trial for
+    each. Where one of them keeps changing (a counter of steps) that would be a trial at every call. If the code reads
+    it, the region runs whole at each further value; else, and if it is an argument or the rate of a schedule, it gets
+    a trial now and then.
 
     Attributes:
         hidden: Modules that were found in attributes at the last call, beside those of the region.
@@ -67,7 +68,7 @@ class Keys:
             always: Whether the first of these makes another key with each new value.
         """
         self._calls += 1
-        found = self._settings.look(parts)
+        found = self._settings.look(parts, given.values)
         modules = found.modules
         self.hidden = modules[len(parts) :]
         trained = [id(each) for part in self.hidden for each in part._parameters.values() if _is_trained(each)]
@@ -75,6 +76,7 @@ class Keys:
             [(id(part), *map(len, _HOOKS(part))) for part in modules],
             found.values,
             [value if isinstance(value, FLAGS) else type(value) for value in given.values],
+            given.form,
             [*map(id, trainable), *trained],
             [*_layout(given.tensors)],
             torch.is_grad_enabled(),
@@ -86,13 +88,13 @@ class Keys:
         return self._last_key, tuple(moment), tuple(around[:1]) if always else ()
 
     def _number(self, now: tuple[Any, ...], paths: Sequence[Hashable]) -> int:
-        hooks, settings, given, trained, layout, with_gradients = now
+        hooks, settings, given, form, trained, layout, with_gradients = now
         flags = [self._setting(path, value) for path, value in zip(paths, settings, strict=True)]
         flags += [
             self._flag(("given", index), value) if isinstance(value, FLAGS) else value
             for index, value in enumerate(given)
         ]
-        key = tuple(hooks), tuple(flags), tuple(trained), tuple(layout), with_gradients
+        key = tuple(hooks), tuple(flags), tuple(form), tuple(trained), tuple(layout), with_gradients
         if key not in self._keys and len(self._keys) >= _MOST_KEYS:
             self._keys.clear()
         return self._keys.setdefault(key, next(self._numbers))

@@ -7,14 +7,22 @@ import functools
 import random
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_hetero.runtime.engine.contents import CONTAINERS, Thing, is_iterator, is_open, is_users, things
+from lightning_hetero.runtime.engine.contents import (
+    CONTAINERS,
+    Thing,
+    is_iterator,
+    is_open,
+    is_users,
+    is_users_package,
+    things,
+)
 
 _BOUND_ANEW = (
     *CONTAINERS, Tensor, bool, int, float, str, type(None), random.Random, torch.Generator, threading.local,
@@ -30,6 +38,9 @@ _WRAPPERS = (
 )
 
 
+# Functions that go one way or another by what they are given.
+_DECIDING = frozenset({"bool", "ceil", "clamp", "clip", "floor", "int", "max", "min", "range", "round", "sign"})
+_MISSING = object()  # what a name is bound to that is not there
 _NOT_CALLED = {"__init__", "__new__", "__repr__", "__setattr__", "__init_subclass__", "__reduce__", "__deepcopy__"}
 
 
@@ -61,11 +72,14 @@ class Name:
     @property
     def value(self) -> Any:
         """What it is bound to at this moment; None if to nothing."""
-        return self._get()
+        now = self._get()
+        return None if now is _MISSING else now
 
     @property
     def things(self) -> Iterator[Thing]:
         """What can change inside, and iterators."""
+        if self._value is _MISSING:
+            return iter(())
         found = things(self.where, self._name, self._value, set(), may_be_large=False)
         return (thing for thing in found if isinstance(thing, Thing))
 
@@ -73,26 +87,36 @@ class Name:
         """Undo a change. Returns whether there was one."""
         if self._get() is self._value:
             return False
-        if isinstance(self._owner, dict):
-            self._owner[self._name] = self._value
-        elif isinstance(self._owner, CellType):
-            self._owner.cell_contents = self._value
+        is_missing = self._value is _MISSING
+        if isinstance(self._owner, CellType):
+            if is_missing:
+                del self._owner.cell_contents
+            else:
+                self._owner.cell_contents = self._value
+        elif isinstance(self._owner, dict):
+            if is_missing:
+                self._owner.pop(self._name, None)
+            else:
+                self._owner[self._name] = self._value
+        elif is_missing:
+            delattr(self._owner, self._name)
         else:
             setattr(self._owner, self._name, self._value)
         return True
 
     def _get(self) -> Any:
         if isinstance(self._owner, CellType):
-            return None if _is_empty(self._owner) else self._owner.cell_contents
-        return self._owner.get(self._name) if isinstance(self._owner, dict) else vars(self._owner).get(self._name)
+            return _MISSING if _is_empty(self._owner) else self._owner.cell_contents
+        return (self._owner if isinstance(self._owner, dict) else vars(self._owner)).get(self._name, _MISSING)
 
 
 def names_of(classes: Iterable[type], functions: Iterable[Any] = ()) -> Iterator[Name]:
     """What code of user classes may change beside their objects.
 
     That is attributes of the classes, and what their methods name: globals, and variables of functions around them.
-    Functions of the same packages that are called by name are gone through likewise. Functions, classes and modules
-    are left out: nobody binds these anew while a model runs.
+    Functions of the same packages, and of other files of the user's, that are called by name are gone through likewise;
+    and what they name in modules, classes and functions. These themselves are left out: nobody binds them anew while a
+    model runs.
 
     Args:
         classes: The classes.
@@ -101,10 +125,11 @@ def names_of(classes: Iterable[type], functions: Iterable[Any] = ()) -> Iterator
     bases = {base for cls in classes for base in cls.__mro__ if is_users(base)}
     todo = [*functions]
     for base in sorted(bases, key=lambda each: (each.__module__, each.__qualname__)):
-        for name, value in vars(base).items():
+        todo += vars(base).values()
+        inherited = {name: value for each in base.__mro__[::-1] if each in bases for name, value in vars(each).items()}
+        for name, value in inherited.items():  # `type(self).name = ...` sets what a base has in the class itself
             if not name.startswith("__") and _is_bound_anew(value):
                 yield Name(base, name, f"the attribute {name!r} of class {base.__name__}")
-            todo.append(value)
     yield from _named_by(todo, {_package(base) for base in bases})
 
 
@@ -115,18 +140,73 @@ def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
         known = function.__globals__
         found: list[tuple[Any, str, Any, str]]
         found = [(known, name, known.get(name), f"the global {name!r}") for name in _names_in(function.__code__)]
+        found += [
+            (owner, name, vars(owner).get(name) if isinstance(owner, type) else owner.get(name), where)
+            for owner, name, where in _in_owners(_named_directly(function), set(_names_in(function.__code__)))
+        ]
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
         found += [(c, name, c.cell_contents, f"the variable {name!r}") for name, c in cells if not _is_empty(c)]
         for owner, name, value, where in found:
-            if isinstance(value, FunctionType) and _package(value) in packages:
-                todo.append(value)
+            if isinstance(value, FunctionType):
+                if _is_own(value, packages):
+                    todo.append(value)
             elif _is_bound_anew(value) and (id(owner), name) not in seen:
                 seen.add((id(owner), name))
                 yield Name(owner, name, where)
 
 
+def _named_directly(function: FunctionType) -> dict[str, Any]:
+    """The globals that a function names, and the variables of functions around it."""
+    known = function.__globals__
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    return {
+        **{name: known[name] for name in set(_names_in(function.__code__)) & known.keys()},
+        **{name: cell.cell_contents for name, cell in cells if not _is_empty(cell)},
+    }
+
+
+def _in_owners(known: Mapping[str, Any], names: Set[str]) -> Iterator[tuple[Any, str, str]]:
+    """Owners, names and what to call them, of what code names in modules, in classes and in attributes of functions.
+
+    Args:
+        known: What it names directly, as `_named_directly` gives it.
+        names: All that it names.
+    """
+    seen: set[int] = set()
+    todo = list(known.items())
+    while todo:
+        path, owner = todo.pop()
+        if not isinstance(owner, (ModuleType, type, FunctionType)) or id(owner) in seen or not _has_settings(owner):
+            continue
+        seen.add(id(owner))
+        for name in names & vars(owner).keys():
+            yield owner if isinstance(owner, type) else vars(owner), name, f"{path}.{name}"
+            if isinstance(owner, type):  # classes of settings within each other
+                todo.append((f"{path}.{name}", vars(owner)[name]))
+
+
+def _is_own(value: Any, packages: Container[str]) -> bool:
+    """Whether a function belongs to user code: to one of the packages, or to a file that nobody has installed."""
+    package = _package(value)
+    return package in packages or (package not in sys.stdlib_module_names and _is_of_a_file_of_the_user(package))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_of_a_file_of_the_user(package: str) -> bool:
+    module = sys.modules.get(package)
+    if module is None or package in ("torch", "lightning_hetero"):
+        return False
+    places = [getattr(module, "__file__", None) or "", *(getattr(module, "__path__", None) or ())]
+    return any(places) and not any("-packages" in place for place in places)  # site-packages, dist-packages
+
+
 def _is_bound_anew(value: Any) -> bool:
-    return isinstance(value, _BOUND_ANEW) or is_open(value) or is_iterator(value)
+    return isinstance(value, _BOUND_ANEW) or is_open(value) or is_iterator(value) or _is_of_numpy(value)
+
+
+def _is_of_numpy(value: Any) -> bool:
+    """Whether it is an array, a number or a generator of NumPy."""
+    return type(value).__module__.partition(".")[0] == "numpy"
 
 
 def _each_once(todo: list[Any]) -> Iterator[FunctionType]:
@@ -136,8 +216,8 @@ def _each_once(todo: list[Any]) -> Iterator[FunctionType]:
         function, inner = _unwrapped(todo.pop(0))
         if inner is not None:
             todo.append(inner)
-        if function is None or not is_users(function):
-            continue
+        if function is None or not (is_users(function) and is_users_package(function.__globals__.get("__name__"))):
+            continue  # a decorator of torch, say, gives its functions the names of others
         mark = (id(function.__code__), *map(id, function.__closure__ or ()))  # methods of many objects are one function
         if mark not in gone_through:
             gone_through.add(mark)
@@ -161,7 +241,8 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def _package(thing: Any) -> str:
-    return str(getattr(thing, "__module__", None)).partition(".")[0]
+    name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None)
+    return str(name).partition(".")[0]
 
 
 def _is_empty(cell: CellType) -> bool:
@@ -227,10 +308,7 @@ def read_in_forward(
         compared |= here if _decides(code) else set()
         found: list[tuple[Any, str, str]]
         found = [(known, name, f"the global {name!r}") for name in here & known.keys()]
-        for name in here & known.keys():  # settings in another module of Python, or in a class
-            if isinstance(value := known[name], (ModuleType, type)) and _has_settings(value):
-                owner = value if isinstance(value, type) else vars(value)
-                found += [(owner, each, f"{name}.{each}") for each in here & vars(value).keys()]
+        found += _in_owners(_named_directly(function), here)
         cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
         found += [(cell, name, f"the variable {name!r}") for name, cell in cells]
         for owner, name, where in found:
@@ -248,8 +326,8 @@ def _is_setting(value: Any) -> bool:
     return isinstance(value, (tuple, frozenset)) or _is_bound_anew(value)
 
 
-def _has_settings(owner: ModuleType | type) -> bool:
-    package = (owner.__name__ if isinstance(owner, ModuleType) else owner.__module__).partition(".")[0]
+def _has_settings(owner: ModuleType | type | FunctionType) -> bool:
+    package = str(owner.__name__ if isinstance(owner, ModuleType) else owner.__module__).partition(".")[0]
     return package not in sys.stdlib_module_names and package not in ("torch", "numpy", "lightning_hetero")
 
 
@@ -273,9 +351,13 @@ def _reached(
         todo += [value for name, value in own if name.startswith("__") and name not in _NOT_CALLED]
     for function in _each_once(todo):
         yield function
-        names, known = set(_names_in(function.__code__)), function.__globals__
+        names = set(_names_in(function.__code__))
         todo += [method for name in names & methods.keys() for method in methods[name]]
-        todo += [known[name] for name in names if _package(known.get(name)) in packages]
+        called = [*_named_directly(function).values()]
+        for module in [each for each in called if isinstance(each, ModuleType)]:
+            if _is_own(module, packages):
+                called += [vars(module)[name] for name in names & vars(module).keys()]
+        todo += [each for each in called if callable(each) and _is_own(each, packages)]
 
 
 def _texts_in(code: CodeType) -> Iterator[str]:
@@ -289,7 +371,7 @@ def _texts_in(code: CodeType) -> Iterator[str]:
 @functools.lru_cache(maxsize=4096)  # each trial asks for all that a model's code calls
 def _decides(code: CodeType) -> bool:
     """Whether it compares anything, or goes one way or another."""
-    found = any(
+    found = not _DECIDING.isdisjoint(code.co_names) or any(
         each.opname in ("COMPARE_OP", "CONTAINS_OP") or "IF_TRUE" in each.opname or "IF_FALSE" in each.opname
         for each in dis.get_instructions(code)
     )

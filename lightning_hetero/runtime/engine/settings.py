@@ -17,12 +17,13 @@ from lightning_hetero.runtime.engine.contents import is_open, is_users, members
 from lightning_hetero.runtime.engine.names import Reading, read_in_forward
 from lightning_hetero.runtime.standin import InPlace
 
-FLAGS = (bool, int, float, str, Enum, type(None), torch.dtype, torch.device)
+FLAGS = (bool, int, float, str, bytes, complex, range, Enum, type(None), torch.dtype, torch.device)
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 _SEQUENCES = (list, tuple, deque)
 _MOST_ITEMS = 64  # of a container that is looked into one by one
 _MOST_FLAGS = 4096  # of one that has nothing but flags
 _MOST_VALUES = 1000  # that are found for one call, beside the attributes of modules themselves
+_MOST_BYTES = 1 << 12  # of an array of NumPy that is compared
 _DEEPEST = 6
 _NAMES_ANY = frozenset({"__dict__", "__getattribute__", "getattr", "vars"})
 _LEADS_AWAY = frozenset({"_metadata", "_parent"})  # of omegaconf: to what all settings are in
@@ -86,11 +87,15 @@ class Found:
         elif isinstance(value, _SEQUENCES):
             if depth:
                 self._look_at_sequence(path, value, depth)
+        elif isinstance(value, slice):
+            self._look_at_sequence(path, (value.start, value.stop, value.step), max(depth, 1))
         elif isinstance(value, (set, frozenset)):
             if depth and len(value) <= _MOST_FLAGS and _are_flags(value):
                 self._add(path, frozenset(value))
         elif isinstance(value, (FunctionType, MethodType, functools.partial, BuiltinFunctionType, type)):
             self._look_at_code(path, value, depth)
+        elif type(value).__module__ == "numpy":
+            self._look_at_numpy(path, value)
         elif is_open(value):
             if depth:
                 self.kinds.append(type(value))
@@ -104,11 +109,18 @@ class Found:
             if len(value) <= _MOST_FLAGS and _are_flags(dict.values(value)) and _are_flags(dict.keys(value)):
                 self._add(path, tuple(dict.items(value)))
             return
-        flags = tuple([key for key, member in dict.items(value) if isinstance(key, str) and isinstance(member, FLAGS)])
+        flags = tuple(
+            [key for key, member in dict.items(value) if isinstance(key, FLAGS) and isinstance(member, FLAGS)]
+        )
         if flags:  # not the keys of a cache of tensors
             self._add((path, None), flags)
         for key, member in list(dict.items(value)):
             self.look((path, key if isinstance(key, (str, int)) else None), member, depth)
+
+    def _look_at_numpy(self, path: Hashable, value: Any) -> None:
+        """A number of NumPy, or a small array."""
+        if getattr(value, "nbytes", _MOST_BYTES) < _MOST_BYTES and hasattr(value, "tobytes"):
+            self._add(path, (str(value.dtype), value.shape, value.tobytes()))
 
     def _look_at_sequence(self, path: Hashable, value: Sequence[Any], depth: int) -> None:
         if len(value) <= _MOST_FLAGS and _are_flags(value):
@@ -162,20 +174,21 @@ class Settings:
         self._code: set[Any] = set()
         self._reading = Reading(frozenset(), frozenset(), ())
 
-    def look(self, modules: Sequence[nn.Module]) -> Found:
+    def look(self, modules: Sequence[nn.Module], arguments: Sequence[Any] = ()) -> Found:
         """What is there now.
 
         Args:
             modules: The modules of the region, itself first.
+            arguments: What it is called with beside tensors. What is a flag is left to the caller.
         """
         if len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
             self._modules, self._code = list(modules), set()
             self._read(Found(modules, frozenset()))
-        found = self._find(modules)
+        found = self._find(modules, arguments)
         for _ in range(_DEEPEST):  # what is found may name more
             if not self._read(found):
                 break
-            found = self._find(modules)
+            found = self._find(modules, arguments)
         return found
 
     def name_read(self, path: Hashable, value: Any) -> str | None:
@@ -190,8 +203,11 @@ class Settings:
         names = self._reading.compared if isinstance(value, float) else self._reading.names
         return name if name in names else None
 
-    def _find(self, modules: Sequence[nn.Module]) -> Found:
+    def _find(self, modules: Sequence[nn.Module], arguments: Sequence[Any]) -> Found:
         found = Found(modules, self._reading.names)
+        for index, value in enumerate(arguments):
+            if not isinstance(value, FLAGS):
+                found.look(("given", index), value, _DEEPEST)
         found.look_at_modules()
         for each in self._reading.outside:
             found.look(("outside", each.name), each.value, _DEEPEST)

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import CellType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Surroundings:
     def __init__(self, modules: Sequence[nn.Module], attributes: Attributes | None = None) -> None:
         self._attributes = (attributes or Attributes(modules)).without_graphs()
         self._modules = modules
-        self._named = _named(frozenset(map(type, modules)))
+        self._named = _named(frozenset(map(type, modules)), *_in_attributes(modules))
         outside = [_Binding(owner, name, _bound(owner, name)) for owner, name in self._named.outside]
         bindings = [each for each in outside if not _has_graph(each.value)]
         users = self._named.users
@@ -105,10 +105,31 @@ class _Named(NamedTuple):
         return [(name, members[name]) for name in named]
 
 
+@lru_cache(maxsize=1024)  # asked for each module in each call
+def _is_users(kind: type) -> bool:
+    return contents.is_users(kind)
+
+
+def _in_attributes(modules: Iterable[nn.Module]) -> tuple[frozenset[FunctionType], frozenset[type]]:
+    """Functions that modules of user code have in attributes, and the classes of objects that they have there.
+
+    Without those that are made within others: with what is around them they would be kept, as long as this is known.
+    """
+    values = [
+        value
+        for module in modules
+        if _is_users(type(module))  # type: ignore[arg-type]  # mypy takes the hash of a class for that of its objects
+        for value in map(module.__dict__.get, module.__dict__.keys() - _EVERY_MODULE_HAS)
+        if type(value) not in _HOLDS_NOTHING
+    ]
+    functions = frozenset(value for value in values if isinstance(value, FunctionType) and not value.__closure__)
+    return functions, frozenset(type(value) for value in values if contents.is_open(value))
+
+
 @lru_cache(maxsize=256)
-def _named(classes: frozenset[type]) -> _Named:
+def _named(classes: frozenset[type], functions: frozenset[FunctionType], helpers: frozenset[type]) -> _Named:
     """What their `forward` names, found once: it takes a thousand times as long as a look at what these are."""
-    reading = read_in_forward(classes)
+    reading = read_in_forward(classes, functions, helpers)
     inside = None if reading.names & _NAMES_ANY else reading.names - _EVERY_MODULE_HAS
     outside = [(each._owner, each.name) for each in reading.outside if _can_be_bound(each._owner)]
     return _Named(inside, outside, frozenset(filter(contents.is_users, classes)))

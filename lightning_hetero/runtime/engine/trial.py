@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.containers import Contents, are_unchanged, contents
-from lightning_hetero.runtime.engine.batch import Cut, Join, candidates, joined, size_of
+from lightning_hetero.runtime.engine.batch import Cut, Join, candidates, joined, offsets, size_of
 from lightning_hetero.runtime.engine.batch_norm import Deferred, can_defer, uses_batch
 from lightning_hetero.runtime.engine.comparison import close, is_finite, same, with_other_rows
 from lightning_hetero.runtime.engine.cut import CannotCutError
@@ -63,6 +64,7 @@ class Trial:
         generators: The default generators of all devices of the plan.
         forbidden: Names of methods, such as `log`, that must be called once per batch only.
         watch: To which units report.
+        split: Says into how many rows each a batch of some rows is cut.
         defers: Whether batch normalisations may use the statistics of micro-batches.
         root: The model that has these methods, if it is another module than the region.
     """
@@ -74,6 +76,7 @@ class Trial:
         generators: Generators,
         forbidden: Sequence[str],
         watch: Watch,
+        split: Callable[[int], list[int]],
         defers: bool = False,
         root: nn.Module | None = None,
     ) -> None:
@@ -84,6 +87,7 @@ class Trial:
         self._forbidden = forbidden
         self._callers = [module] if root is None or root is module else [module, root]
         self._watch = watch
+        self._split = split
         self._defers = defers
         self._own = {id(part) for part in _own_modules(module)}
         self._owned = Owned(())
@@ -290,21 +294,23 @@ class Trial:
     ) -> str | None:
         """What tells a part from the same rows of the whole; None if nothing does."""
         rows = cut.rows(tensors) or 0
-        first = rows // 3 | 1  # an odd number tears pairs of rows
-        try:
-            parts = [self._call(given, cut.take(tensors, *part)) for part in ((0, first), (first, rows))]
-            if (left := _left_by_parts(snapshot)) is not None:
-                return left
-            join = Join(list(map(Tree, parts)), [first, rows - first])
-        except CannotCutError as refused:
-            return str(refused)
-        except Exception as error:
-            return f"it cannot run on a part of the batch ({type(error).__name__}: {error})"
         expected = Tree(whole)
-        if not join.has_form_of(expected):
-            return "what it returns differs between parts of a batch"
-        if not all(close(joined(c), t, precision) for c, t in zip(join.columns, expected.tensors, strict=True)):
-            return _COUPLED
+        first = rows // 3 | 1  # an odd number tears pairs of rows
+        for sizes in ([first, rows - first], self._split(rows)):  # and what this batch would be cut into
+            bounds = offsets(sizes)
+            try:
+                parts = [self._call(given, cut.take(tensors, *part)) for part in pairwise(bounds)]
+                if (left := _left_by_parts(snapshot)) is not None:
+                    return left
+                join = Join(list(map(Tree, parts)), sizes)
+            except CannotCutError as refused:
+                return str(refused)
+            except Exception as error:
+                return f"it cannot run on a part of the batch ({type(error).__name__}: {error})"
+            if not join.has_form_of(expected):
+                return "what it returns differs between parts of a batch"
+            if not all(close(joined(c), t, precision) for c, t in zip(join.columns, expected.tensors, strict=True)):
+                return _COUPLED
         half = rows // 2
         for start, stop in ((0, half), (half, rows)):
             other = Tree(self._call(given, with_other_rows(tensors, cut, start, stop)))
