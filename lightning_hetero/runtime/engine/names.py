@@ -39,7 +39,7 @@ _WRAPPERS = (
 
 
 # Functions that go one way or another by what they are given.
-_DECIDING = frozenset({"bool", "ceil", "clamp", "clip", "floor", "int", "max", "min", "range", "round", "sign"})
+_DECIDING = frozenset({"bool", "ceil", "clamp", "clip", "floor", "int", "max", "min", "round", "sign"})
 _MISSING = object()  # what a name is bound to that is not there
 _NOT_CALLED = {"__init__", "__new__", "__repr__", "__setattr__", "__init_subclass__", "__reduce__", "__deepcopy__"}
 
