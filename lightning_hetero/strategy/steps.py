@@ -77,10 +77,10 @@ def _weights(given: Sequence[Any], rows: Sequence[int]) -> tuple[Sequence[float]
         rows: The rows of each.
     """
     sizes = [count if size is None else float(size) for size, count in zip(given, rows, strict=True)]
-    is_constant = all(size is not None for size in given) and len(set(sizes)) == 1 and sizes != list(rows)
-    if is_constant or not sum(sizes):  # such as that of the loader: it is the batch's
-        return rows, int(sizes[0])
-    return sizes, int(sum(sizes))
+    # The same whatever the rows, and no number of rows: a constant, such as the batch size of the loader, which says
+    # nothing about micro-batches. Where all have the same rows it may be a number of tokens, which are added up.
+    is_constant = len(set(sizes)) == 1 and len(set(rows)) > 1 and (sizes[0] == 1 or sizes[0] > max(rows))
+    return rows if is_constant or not sum(sizes) else sizes, int(sum(sizes))
 
 
 def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

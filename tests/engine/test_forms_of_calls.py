@@ -321,6 +321,8 @@ def pictures(count: int, *sides: int, channels: int = 3) -> list[Tensor]:
     [
         ((torch.zeros(8, 4), torch.zeros(8)), 8),
         ([torch.zeros(8, 4), torch.zeros(8, 2)], 8),
+        ({"labelled": [torch.zeros(8, 4), torch.zeros(8)], "unlabelled": [torch.zeros(56, 4), torch.zeros(56, 4)]}, 8),
+        (((torch.zeros(8, 4), torch.zeros(8, 1)), (torch.zeros(6, 4), torch.zeros(6, 1))), 8),
         (([torch.zeros(8, 3, 32, 32), torch.zeros(8, 3, 16, 16)], torch.zeros(8)), 8),
         ([[torch.zeros(8, 3, 32, 32), torch.zeros(8, 3, 16, 16)]], 8),
         ((pictures(5, 8, 9), [{"boxes": torch.zeros(n, 4)} for n in range(1, 6)]), 5),
@@ -330,7 +332,8 @@ def pictures(count: int, *sides: int, channels: int = 3) -> list[Tensor]:
         ((pictures(3, 8, 9), [{"boxes": torch.zeros(n, 4)} for n in range(1, 4)]), None),
         ((["a", "b"], torch.zeros(2, 4)), 2),
     ],
-    ids=["tensors", "two tensors", "views", "views alone", "pictures of several sizes", "pictures of one size",
+    ids=["tensors", "two tensors", "two loaders", "pairs of two loaders", "views", "views alone",
+         "pictures of several sizes", "pictures of one size",
          "texts", "texts of as many words", "as many pictures as channels", "words"],
 )  # fmt: skip
 def test_rows_of_batches_of_lists(batch: Any, expected: int | None) -> None:

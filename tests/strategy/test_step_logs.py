@@ -42,12 +42,14 @@ class Watch(pl.Callback):
         self.shown |= trainer.progress_bar_metrics.keys()
 
 
-def logged(kind: type[Steps], plain: Any, hetero: Any, **options: Any) -> tuple[Watch, Watch]:
-    """What plain Lightning logs, and what micro-batches log. 26 rows, in batches of 10, 10 and 6."""
+def logged(
+    kind: type[Steps], plain: Any, hetero: Any, rows: int = 26, batch_size: int = 10, **options: Any
+) -> tuple[Watch, Watch]:
+    """What plain Lightning logs, and what micro-batches log; by default for 26 rows, in batches of 10, 10 and 6."""
     watches = Watch(), Watch()
-    plain(callbacks=[watches[0]], max_epochs=2, **options).fit(kind(), data(rows=26, batch_size=10))
+    plain(callbacks=[watches[0]], max_epochs=2, **options).fit(kind(), data(rows=rows, batch_size=batch_size))
     hetero(devices=EMULATED, callbacks=[watches[1]], max_epochs=2, **options, **STEPS).fit(
-        kind(), data(rows=26, batch_size=10)
+        kind(), data(rows=rows, batch_size=batch_size)
     )
     return watches
 
@@ -84,12 +86,21 @@ def test_options_by_position(plain: Any, hetero: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 10, 64])
-def test_a_constant_batch_size_is_that_of_the_batch(plain: Any, hetero: Any, size: int) -> None:
+def test_a_constant_batch_size_leaves_the_weights_to_rows(plain: Any, hetero: Any, size: int) -> None:
     class Constant(Steps):
         def write(self, x: Tensor, loss: Tensor) -> None:
             self.log("value", loss, batch_size=size, on_step=True, on_epoch=True)
 
     assert_equal(logged(Constant, plain, hetero))
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(26, 10), (30, 8), (28, 8)])  # parts that are alike, and are not
+def test_numbers_of_tokens_are_added_up(plain: Any, hetero: Any, rows: int, batch_size: int) -> None:
+    class Tokens(Steps):
+        def write(self, x: Tensor, loss: Tensor) -> None:
+            self.log("value", loss, batch_size=x.numel(), on_step=True, on_epoch=True)
+
+    assert_equal(logged(Tokens, plain, hetero, rows, batch_size))
 
 
 def test_rows_that_do_not_count_in_one_part(plain: Any, hetero: Any) -> None:

@@ -110,16 +110,19 @@ def batch_rows(batch: Any) -> int | None:
     if first is None or len(first) < 2 or not all(isinstance(item, Tensor) and item.dim() for item in first):
         return tensors[0].shape[0]
     in_lists = {id(tensor) for each in lists for tensor in Tree(each).tensors}
+    others = {tensor.shape[0] for tensor in tensors if id(tensor) not in in_lists}
     sizes = {item.shape[0] for item in first}
-    if len(sizes) == 1 and (
-        any(tensor.shape[0] in sizes for tensor in tensors if id(tensor) not in in_lists)
-        or all(tensor.shape[0] in sizes for tensor in tensors)
-    ):
+    # Pairs of tensors that belong together, as each of several loaders gives one, are no list of samples.
+    samples = [each for each in lists if each is not first and len(each) == len(first) and not _is_of_one_batch(each)]
+    are_samples = len({item.dim() for item in first}) == 1 and (len(first) in others or bool(samples))
+    if len(sizes) == 1 and (sizes & others or not are_samples):
         return tensors[0].shape[0]
-    differ = len({item.shape for item in first}) > 1
-    if not differ and all(len(each) != len(first) for each in lists if each is not first):
-        return tensors[0].shape[0]
-    return None if len(first) in sizes else len(first)
+    return len(first) if are_samples and len(first) not in sizes else None
+
+
+def _is_of_one_batch(items: Sequence[Any]) -> bool:
+    """Whether all are tensors with as many rows."""
+    return len({item.shape[0] if isinstance(item, Tensor) and item.dim() else id(item) for item in items}) == 1
 
 
 def _lists_in(batch: Any) -> Iterator[Sequence[Any]]:
