@@ -142,7 +142,8 @@ def test_whoever_runs_a_long_task_is_in_the_state_of_the_user(pair: MakePair, mo
     }
     batch = torch.randn(8, 8)
     with contexts[mode]():
-        expected = both.alone(batch)
+        # Not of the whole batch: how a matrix product rounds depends on the number of rows, on some processors.
+        expected = torch.cat([both.alone(part) for part in batch.chunk(4)])
         both.model(batch)  # tries whether it may be cut
         let_tasks_take(both, 0.1)
         for part in both.model:

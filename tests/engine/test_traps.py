@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_hetero.runtime.engine.cut import UnitCall
+from lightning_hetero.runtime.engine.faults import Countdown
 from lightning_hetero.runtime.engine.region import RegionCall
-from lightning_hetero.runtime.engine.worker import Worker
+from lightning_hetero.runtime.engine.worker import Future, Worker
 from lightning_hetero.testing.cut_models import Between, Everything, Twice
 from lightning_hetero.testing.models import MLP, Attention
 
@@ -371,9 +373,23 @@ def test_after_the_release_nothing_is_left(pair: Any) -> None:
         assert "_compiled_call_impl" not in module.__dict__
 
 
+@pytest.mark.parametrize("lag_s", [0.0, 0.2])
 @pytest.mark.parametrize("backward", [True, False])
-def test_a_call_does_not_outlive_its_output(pair: Any, backward: bool) -> None:
+def test_a_call_does_not_outlive_its_output(
+    pair: Any, backward: bool, lag_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor by threads that take their time to get out of it when they have done their part."""
     both = pair(MLP().double())
+
+    def lagging(thats_it: Callable[[Any], None]) -> Callable[[Any], None]:
+        def lag(self: Any) -> None:
+            thats_it(self)
+            time.sleep(lag_s)
+
+        return lag
+
+    for owner, name in ((Countdown, "count_down"), (Future, "release")):
+        monkeypatch.setattr(owner, name, lagging(getattr(owner, name)))
 
     def alive() -> set[int]:
         return {id(obj) for obj in gc.get_objects() if type(obj) in (RegionCall, UnitCall)}

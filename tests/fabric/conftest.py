@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +36,17 @@ class Devices:
 
 @pytest.fixture(autouse=True)
 def _collect() -> Iterator[None]:
-    """Fabric never says that a run is over: what a model holds goes with the model."""
+    """Fabric never says that a run is over: what a model holds goes with the model, in a collection of garbage.
+
+    Autograd's thread of a device may be on its way out of the last backward, which it holds as long: once may be too
+    early.
+    """
     yield
+    end_s = time.monotonic() + 5.0
     gc.collect()
+    while any("hetero" in thread.name for thread in threading.enumerate()) and time.monotonic() < end_s:
+        time.sleep(0.01)
+        gc.collect()
 
 
 @pytest.fixture(params=["emulated", "accelerator", "accelerator as root"])

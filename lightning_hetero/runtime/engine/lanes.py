@@ -202,7 +202,11 @@ class Crew:
         self._ended()
 
     def raise_first(self, where: str) -> None:
-        """Raise what the first of the failed lanes raised, with its own type and traceback."""
+        """Raise what the first of the failed lanes raised, with its own type and traceback; once, when all have ended.
+
+        A thread on its way out of its last lane still holds this crew, which must not hold the call for so long.
+        """
+        del self._call, self._work, self._ended
         if self._errors:
             index = min(self._errors)
             error = self._errors[index]

@@ -42,7 +42,15 @@ class Future:
 
     def set(self, result: Any = None, error: BaseException | None = None) -> None:
         """Give the result, or the exception; once."""
+        self.keep(result, error)
+        self.release()
+
+    def keep(self, result: Any, error: BaseException | None) -> None:
+        """The first half of `set`."""
         self._result, self._error = result, error
+
+    def release(self) -> None:
+        """The second half of `set`: from now on, nobody waits."""
         self._done.release()
 
     def get(self, timeout_s: float = -1.0) -> Any:
@@ -208,8 +216,10 @@ class Worker(threading.Thread):
             except BaseException as raised:
                 error = raised
             self._turns.pass_on()
-            future.set(result, error)
-            del begun, task, future, result, error  # a waiting thread must not keep the last result alive
+            future.keep(result, error)
+            del begun, task, result, error  # whoever waits goes on while this thread is still here, and owns them alone
+            future.release()
+            del future
 
     def _run_one(self, task: Task) -> Any:
         op, unit, _, lane, run = task
