@@ -371,10 +371,10 @@ class HeteroStrategyCore(PlacingCore):
     def _training_step(self, args: Any, kwargs: Any, recorded: AroundFirst | None = None) -> Any:
         """The user's step, in micro-batches if it may be. The first of them runs in what `recorded` gives, or all."""
         if self._stepper is not None and not kwargs:
-            with self.precision_plugin.train_step_context():
+            with self.precision_plugin.train_step_context(), self._step_values.of_step() as values:
                 result = self._stepper.run(args, self._loss_scale(), recorded)
                 if result is not None:
-                    replay(self.lightning_module, result)
+                    replay(self.lightning_module, result, values)
             if result is not None:
                 return merged_output(result)
         with nullcontext(look_away) if recorded is None else recorded(1.0) as look:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
@@ -18,6 +17,7 @@ from lightning_hetero.strategy._compat import (
     result_collections,
     signal_connector,
 )
+from lightning_hetero.strategy.step_values import is_one_number
 from lightning_hetero.strategy.team import Team
 
 
@@ -163,7 +163,7 @@ class MeansByRows:
     def _update(self, own: Callable[..., None], value: Any, weight: Any = None) -> None:
         logged = logged_results(self._trainer)
         of_batch = logged is not None and logged.batch is not None
-        if self._is_open and of_batch and weight is None and torch.as_tensor(value).dim() == 0:
+        if self._is_open and of_batch and is_one_number([value], {"weight": weight}):
             weight = (1.0 if self._team is None else self._team.data.weight) * HERE.part_of_batch
         own(value, **({} if weight is None else {"weight": weight}))
 

@@ -38,6 +38,7 @@ from lightning_hetero.strategy.precision import use_devices
 from lightning_hetero.strategy.report import print_plan, save_plan
 from lightning_hetero.strategy.resume import ResumingCore
 from lightning_hetero.strategy.spreading import SpreadingCore
+from lightning_hetero.strategy.step_values import StepValues
 from lightning_hetero.strategy.steps import RECORDED
 from lightning_hetero.strategy.trial import in_effect
 from lightning_hetero.strategy.watch import Watch
@@ -54,6 +55,7 @@ class PlacingCore(ResumingCore, SpreadingCore):
     _placed: PlacedModel | None = None
     _reconciler: DeviceReconciler | None = None
     _stepper: Stepper | None = None
+    _step_values: StepValues  # of metrics, for the stepper
     _watch: Watch | None = None  # of steps, which may change the plan between them
     _waiting: tuple[Plan, Held] | None = None  # what is to run once nobody holds parameters
     _followers: StateFollows | None = None  # from the first change of plan in a run to its end
@@ -214,7 +216,9 @@ class PlacingCore(ResumingCore, SpreadingCore):
         if module is None or self.model is not module or not module.automatic_optimization:
             return None
         schedule = get_schedule(placed.plan.execution.schedule)
-        return Stepper(placed.engine, module, "training_step", schedule, RECORDED, placed.layout.metrics)
+        self._step_values = StepValues()
+        metrics = placed.layout.metrics
+        return Stepper(placed.engine, module, "training_step", schedule, RECORDED, metrics, self._step_values.note)
 
     # Other plans
 

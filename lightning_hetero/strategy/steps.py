@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.notes import Noted
 from lightning_hetero.runtime.engine.step import weighted
 from lightning_hetero.runtime.engine.stepper import StepResult
+from lightning_hetero.strategy.step_values import StepValues
 
 RECORDED = ("log",)
 """Methods of a LightningModule that micro-batches note, and that are called once for the batch."""
@@ -24,11 +26,16 @@ _REDUCTIONS = {
 }  # fmt: skip
 
 
-def replay(module: Any, result: StepResult) -> None:
+def replay(module: Any, result: StepResult, values: StepValues) -> None:
     """Call `module.log` with the values of all micro-batches merged.
 
     Means get the weight of rows, sums are added up, and so on by the reduction of each name. So what is logged on the
     step is that of the whole batch, and what is logged on the epoch counts every row once.
+
+    Args:
+        module: The module.
+        result: What the step did.
+        values: Of metrics, for the whole batch.
 
     Raises:
         UnsupportedError: A name has a reduction that cannot be merged.
@@ -41,16 +48,21 @@ def replay(module: Any, result: StepResult) -> None:
             seen[name] = seen.get(name, 0) + 1
             merged.setdefault((name, seen[name]), []).append((index, note))
     for (name, _), entries in merged.items():
-        _log(module, name, entries, result.rows)
+        _log(module, name, entries, result.rows, values)
 
 
-def _log(module: Any, name: str, entries: Sequence[tuple[int, Noted]], rows: Sequence[int]) -> None:
+def _log(
+    module: Any, name: str, entries: Sequence[tuple[int, Noted]], rows: Sequence[int], of_batch: StepValues
+) -> None:
     calls = [_arguments(module, note) for _, note in entries]
     options = {key: value for key, value in calls[0].items() if key not in ("name", "value", "batch_size")}
     weights, batch_size = _weights([call.get("batch_size") for call in calls], [rows[index] for index, _ in entries])
     values = [call["value"] for call in calls]
     if not all(isinstance(value, (Number, Tensor)) for value in values):
-        module.log(name, values[0], **options)  # a metric, which has been updated already
+        metric = values[0]  # which has been updated already
+        if isinstance(metric, Metric) and options.get("on_step") is not False:
+            of_batch.put(metric, [rows[index] for index, _ in entries])
+        module.log(name, metric, **options)
         return
     reduction = _REDUCTIONS.get(options.get("reduce_fx", "mean"))
     tensors = [value if isinstance(value, Tensor) else torch.tensor(_plain(value)) for value in values]

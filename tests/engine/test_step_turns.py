@@ -7,8 +7,12 @@ import pickle
 import threading
 from typing import Any
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.gate import Gate
 from lightning_hetero.runtime.engine.handed_on import places_below, replaced
 from lightning_hetero.runtime.engine.turnstile import Turnstile
@@ -19,7 +23,7 @@ def test_a_lane_that_has_ended_is_not_waited_for() -> None:
     passed = threading.Event()
 
     def work() -> None:
-        with turns.passing(1, "key"):
+        with turns.passing(1, "key", "Counts"):
             passed.set()
 
     thread = threading.Thread(target=work)
@@ -28,6 +32,46 @@ def test_a_lane_that_has_ended_is_not_waited_for() -> None:
     turns.end(0)
     assert passed.wait(5)
     thread.join()
+
+
+def passages(calls: list[int], once: tuple[str, ...]) -> list[int]:
+    """In what order lanes pass that begin in the opposite one, each as often as `calls` says."""
+    turns = Turnstile(len(calls), lambda: None, once)
+    order: list[int] = []
+
+    def work(lane: int) -> None:
+        for _ in range(calls[lane]):
+            with turns.passing(lane, "key", "Counts"):
+                order.append(lane)
+        turns.end(lane)
+
+    threads = [threading.Thread(target=work, args=(lane,)) for lane in range(len(calls))]
+    for thread in reversed(threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return order
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_lanes_pass_as_if_they_ran_one_after_the_other(calls: list[int]) -> None:
+    expected = [lane for lane, count in enumerate(calls) for _ in range(count)]
+    assert passages(calls, ()) == expected
+    if max(calls) <= 1:
+        assert passages(calls, ("key",)) == expected
+
+
+def test_a_lane_that_has_passed_the_only_time_is_not_waited_for() -> None:
+    turns = Turnstile(2, lambda: None, ("key",))
+    for lane in (0, 1):
+        with turns.passing(lane, "key", "Counts"):
+            pass
+    again = turns.passing(0, "key", "Counts")
+    with pytest.raises(CannotCutError, match="calls Counts more than once, whose calls have to keep their order"), again:
+        pass
+    with turns.passing(1, "key", "Counts"):  # nobody comes after it
+        pass
 
 
 class Counts(nn.Module):

@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision
+from torchmetrics.regression import SpearmanCorrCoef
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.testing.lightning_module import Classifier, data
@@ -123,6 +126,128 @@ def test_constants_and_numbers_of_python_stay_what_they_are(plain: Any, hetero: 
     theirs, ours = logged(Constants, plain, hetero, precision="64-true")
     assert ours.steps == theirs.steps
     assert ours.steps[-1]["tenth"] == 0.1
+
+
+class Spread(Metric):
+    """Needs its whole state for each update: the largest value minus the first one."""
+
+    full_state_update = True
+    largest: Tensor
+    first: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("largest", torch.tensor(-torch.inf), dist_reduce_fx="max")
+        self.add_state("first", torch.tensor(torch.inf), dist_reduce_fx=None)
+
+    def update(self, values: Tensor) -> None:
+        if not torch.isfinite(self.first):
+            self.first = values.detach()[0]
+        self.largest = torch.maximum(self.largest, values.detach().max())
+
+    def compute(self) -> Tensor:
+        return self.largest - self.first
+
+
+class Metrics(Steps):
+    """Logs metrics themselves, for the step and for the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f1 = MulticlassF1Score(4, average="macro")  # not the mean of those of parts
+        self.ranks = SpearmanCorrCoef()  # keeps all that it was given
+        self.sum, self.max, self.mean = SumMetric(), MaxMetric(), MeanMetric()
+        self.spread = Spread()
+        self.pair = MetricCollection([MulticlassAccuracy(4, average="micro"), MulticlassPrecision(4)])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y)
+        for name, given in {
+            "f1": (logits, y),
+            "ranks": (x[:, 0], x[:, 1]),
+            "sum": (x.sum(),),
+            "max": (x.max(),),
+            "mean": (loss,),
+            "spread": (x[:, 0],),
+        }.items():
+            metric = getattr(self, name)
+            metric(*given)
+            self.log(name, metric, on_step=True, on_epoch=True)
+        self.pair(logits, y)
+        self.log_dict(self.pair, on_step=True, on_epoch=True)
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef` will save all targets")
+def test_metrics_have_the_value_of_the_whole_batch_on_the_step(plain: Any, hetero: Any) -> None:
+    assert_equal(logged(Metrics, plain, hetero))
+
+
+def test_metrics_whose_values_are_logged_get_no_second_update(hetero: Any) -> None:
+    updates = []
+
+    class Counts(SumMetric):
+        def update(self, value: Tensor) -> None:
+            updates.append(float(value))
+            super().update(value)
+
+    class Values(Steps):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sum = Counts()
+
+        def write(self, x: Tensor, loss: Tensor) -> None:
+            self.log("sum", self.sum(x.sum()), reduce_fx="sum")
+
+    hetero(devices=EMULATED, max_epochs=1, **STEPS).fit(Values(), data(rows=30, batch_size=10))
+    assert len(updates) == 2 * 4 + 4 + 4  # the first step has not seen yet how they are logged
+
+
+def test_metrics_that_are_logged_later_on(plain: Any, hetero: Any) -> None:
+    """The first time, scalars are averaged by rows."""
+
+    class Later(Steps):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f1 = MulticlassF1Score(4, average="macro")
+            self.accuracy = MulticlassAccuracy(4, average="micro")
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            logits = self(x)
+            self.f1(logits, y)
+            self.accuracy(logits, y)
+            if self.global_step:
+                self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+            if self.global_step > 1:
+                self.log("f1", self.f1, on_step=True, on_epoch=True)
+            return F.cross_entropy(logits, y)
+
+    theirs, ours = logged(Later, plain, hetero, rows=50)
+    for watch in (theirs, ours):
+        for name in ("f1", "f1_step"):
+            watch.steps[2].pop(name)
+    assert_equal((theirs, ours))
+
+
+def test_metrics_that_are_called_twice_in_a_step_keep_their_last_value(hetero: Any) -> None:
+    class Twice(Steps):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sum = SumMetric()
+
+        def write(self, x: Tensor, loss: Tensor) -> None:
+            self.sum(1.0)
+            self.sum(2.0)
+            self.log("sum", self.sum, on_step=True, on_epoch=True)
+
+    watch = Watch()
+    trainer = hetero(devices=EMULATED, callbacks=[watch], max_epochs=1, **STEPS)
+    trainer.fit(Twice(), data(rows=20, batch_size=10))
+    assert [step["sum_step"] for step in watch.steps] == [2.0, 2.0]
+    assert trainer.callback_metrics["sum_epoch"] == 2 * 4 * 3.0
 
 
 def test_what_a_hook_sets_on_the_module_itself_is_refused(hetero: Any) -> None:

@@ -76,8 +76,8 @@ class Call:
         """Within the block, lower lanes are done with the unit; None if their order does not matter."""
         return None
 
-    def passing(self, lane: Lane, key: Hashable) -> AbstractContextManager[None]:
-        """Within the block, lower lanes are done with `key`, if their order matters."""
+    def passing(self, lane: Lane, key: Hashable, name: str) -> AbstractContextManager[None]:
+        """Within the block, lower lanes are done with `key`, which is called `name`, if their order matters."""
         return nullcontext()
 
     def place(self, op: Op, unit: Unit, lane: Lane) -> int:

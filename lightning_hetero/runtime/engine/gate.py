@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ _CALL = "_compiled_call_impl"  # where torch looks before it calls a module
 _IN_ORDER = "update"
 _ALONE = ("compute", "reset")  # what they mean depends on all updates before
 
+Seen = Callable[[nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
+
 
 class Gate(InPlace):
     """Lets micro-batches use a module in order: a metric, whose state every call changes.
@@ -25,21 +27,33 @@ class Gate(InPlace):
     Args:
         module: The module; its calls, and those of its method `update` if it has one, pass the gate. Its methods
             `compute` and `reset` are noted, and no lane gets through.
+        seen: Told of each call of the module, in order: the module, the arguments by position and by name, the output.
 
     Attributes:
         used: What user code has called since this was emptied: "forward", "update", "compute", "reset".
+        calls: How often it has, since this was set to 0.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, seen: Seen | None = None) -> None:
         self._module = module
+        self._seen = seen
         self._doors = [_Door(self, module, name) for name in (_IN_ORDER, *_ALONE) if hasattr(module, name)]
         self._inside: set[int] = set()
         self.used: set[str] = set()
+        self.calls = 0
+
+    @property
+    def key(self) -> int:
+        """What micro-batches pass when they get through."""
+        return id(self._module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call, when it is this micro-batch's turn."""
         with self.turn("forward"):
-            return self._module._call_impl(*args, **kwargs)
+            output = self._module._call_impl(*args, **kwargs)
+            if self._seen is not None:
+                self._seen(self._module, args, kwargs, output)
+            return output
 
     def install(self) -> None:
         """Take the place of the module's calls."""
@@ -77,6 +91,7 @@ class Gate(InPlace):
             yield
             return
         self.used.add(name)
+        self.calls += 1
         if lane is not None and name in _ALONE:
             raise CannotCutError(f"it calls {name} of {type(self._module).__name__}")
         self._inside.add(me)
@@ -84,7 +99,7 @@ class Gate(InPlace):
             if lane is None:
                 yield
             else:
-                with lane.call.passing(lane, id(self._module)):
+                with lane.call.passing(lane, self.key, type(self._module).__name__):
                     yield
         finally:
             self._inside.discard(me)

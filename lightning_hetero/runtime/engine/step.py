@@ -11,7 +11,7 @@ backward: it may clear gradients in between, scale the loss, or accumulate over 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ class StepTask:
         leaves: The parameters that may get gradients.
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the step's own code, outside of units, draws random numbers.
+        once: Numbers of units that keep state, and `id` of metrics, that each micro-batch calls once.
     """
 
     run: Callable[[int], Any]
@@ -69,6 +70,7 @@ class StepTask:
     leaves: Sequence[nn.Parameter]
     seed: int | None = None
     own_code_draws: bool = False
+    once: Container[Hashable] = ()
 
 
 class StepCall(Call):
@@ -96,7 +98,7 @@ class StepCall(Call):
         self.outputs: list[Any] = [None] * len(task.rows)
         self._found: list[list[Tensor]] = [[] for _ in task.rows]
         check = _check_of(weakref.ref(self))
-        self._forward_turns = Turnstile(len(task.rows), check)
+        self._forward_turns = Turnstile(len(task.rows), check, task.once)
         # Code that runs again for the backward keeps an order of its own, as no lane waits there for a forward.
         self._backward_turns = Turnstile(len(task.rows), check)
         self._leaves: list[Tensor] = []
@@ -104,21 +106,21 @@ class StepCall(Call):
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
         """Within the block, lower lanes are done with the unit; None unless it keeps state (running means, say)."""
-        return self._turns_of(lane).passing(lane.index, unit.number) if unit.has_state else None
+        return self._turns_of(lane).passing(lane.index, unit.number, unit.name) if unit.has_state else None
 
     def _turns_of(self, lane: Lane) -> Turnstile:
         return self._backward_turns if lane.in_backward else self._forward_turns
 
     @contextmanager
-    def passing(self, lane: Lane, key: Hashable) -> Iterator[None]:
+    def passing(self, lane: Lane, key: Hashable, name: str) -> Iterator[None]:
         """Within the block, lower lanes are done with `key`; for the lane's own code."""
         if lane.stream is None:
-            with self._turns_of(lane).passing(lane.index, key):
+            with self._turns_of(lane).passing(lane.index, key, name):
                 yield
             return
         lane.stream.pause()  # a lower lane may need the generator to get here
         try:
-            with self._turns_of(lane).passing(lane.index, key), lane.stream.running():
+            with self._turns_of(lane).passing(lane.index, key, name), lane.stream.running():
                 yield
         finally:
             lane.stream.resume()

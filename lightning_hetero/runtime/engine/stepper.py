@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
-from lightning_hetero.runtime.engine.gate import Gate
+from lightning_hetero.runtime.engine.gate import Gate, Seen
 from lightning_hetero.runtime.engine.in_turn import InTurn
 from lightning_hetero.runtime.engine.intercept import Region
 from lightning_hetero.runtime.engine.meanwhile import Meanwhile
@@ -72,6 +71,7 @@ class _Mode:
     reason: str | None
     draws: bool = False
     own_code_draws: bool = False
+    once: frozenset[Hashable] = frozenset()
 
 
 @dataclass(slots=True)
@@ -98,6 +98,7 @@ class Stepper:
         schedule: In what order.
         recorded: Names of methods of the module whose calls are noted instead of made.
         gated: Modules that micro-batches have to use in order (metrics).
+        seen: Told of each of their calls, in this order; see `Gate`.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Stepper:
         schedule: Schedule,
         recorded: Sequence[str],
         gated: Sequence[nn.Module],
+        seen: Seen,
     ) -> None:
         self._engine = engine
         self._module = module
@@ -115,7 +117,7 @@ class Stepper:
         self._schedule = schedule
         self._recorded = recorded
         self._elsewhere = Elsewhere(module, recorded)
-        self._gates = [Gate(each) for each in gated]
+        self._gates = [Gate(each, seen) for each in gated]
         self._gated = {id(part) for each in gated for part in each.modules()}
         self._modes: dict[Any, _Mode] = {}
         self._tables: dict[int, Mapping[tuple[int, Op, int], int]] = {}
@@ -183,7 +185,7 @@ class Stepper:
     def _in_lanes(self, step: _Step, scale: float, mode: _Mode) -> StepCall:
         contents, before = Contents(self._module), dict(self._module.__dict__)
         seed = _seed() if mode.draws else None
-        call = self._call(step, scale, self._run_beside_the_others, seed, mode.own_code_draws)
+        call = self._call(step, scale, self._run_beside_the_others, seed, mode.own_code_draws, mode.once)
         states = self._engine.generators.states() if mode.draws else {}  # one number was drawn for the seed
         try:
             call.in_lanes()
@@ -230,7 +232,18 @@ class Stepper:
         watch.at_border = meanwhile.at_border
         for gate in self._gates:
             gate.used.clear()
-        call = self._call(step, scale, partial(self._run_with, watch))
+            gate.calls = 0
+        passed: list[list[Hashable]] = []
+
+        def run(index: int, step: _Step) -> Any:
+            output = self._run_with(watch, index, step)
+            passed.append([*watch.in_order, *(gate.key for gate in self._gates for _ in range(gate.calls))])
+            watch.in_order.clear()
+            for gate in self._gates:
+                gate.calls = 0
+            return output
+
+        call = self._call(step, scale, run)
         with self._engine.watching(watch), calls, self._elsewhere.asking(calls.log_is_called):
             call.one_by_one()
         watch.end()
@@ -247,7 +260,8 @@ class Stepper:
             unit.draws = True
         if reason is not None:
             self._engine.note(f"{_ONE_BY_ONE} {reason}", "The results are the same as in lanes.")
-        return call, _Mode(reason, watch.any, watch.own_code)
+        once = frozenset(key for key in set().union(*passed) if all(keys.count(key) == 1 for keys in passed))
+        return call, _Mode(reason, watch.any, watch.own_code, once)
 
     def _reason(self, step: _Step, watch: Watch, calls: _Calls, others: OtherSources) -> str | None:
         """Why micro-batches must not be under way at the same time, in words that follow "because"."""
@@ -264,6 +278,8 @@ class Stepper:
             return watch.stray_draws
         if watch.own_code and calls.checkpoints:
             return "its code draws random numbers under activation checkpointing"
+        if watch.runs_again is not None:
+            return f"{watch.runs_again} keeps state, and its forward runs again under activation checkpointing"
         if calls.writes_to_data:
             return "the data of a parameter are changed"
         return calls.reason
@@ -275,6 +291,7 @@ class Stepper:
         run: Callable[[int, _Step], Any],
         seed: int | None = None,
         own_code_draws: bool = False,
+        once: frozenset[Hashable] = frozenset(),
     ) -> StepCall:
         task = StepTask(
             run=lambda index: run(index, step),
@@ -286,6 +303,7 @@ class Stepper:
             leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],
             seed=seed,
             own_code_draws=own_code_draws,
+            once=once,
         )
         return StepCall(self._engine, self._engine.next_call(), task)
 

@@ -30,7 +30,12 @@ class Watched(Protocol):
     """A unit, as far as a trial goes."""
 
     name: str
+    number: int
     draws: bool
+
+    @property
+    def has_state(self) -> bool:
+        """Whether its forward may change buffers."""
 
     @property
     def worker(self) -> _HasDevice:
@@ -63,6 +68,8 @@ class Watch:
         trouble: What else was seen that lanes could not do, in words that follow "because"; None if nothing was.
         stray_draws: Who draws random numbers that cannot be set for each micro-batch, in such words; None if nobody.
         at_border: Called where a unit begins and where it ends.
+        in_order: Numbers of units that keep state, one for each call.
+        runs_again: Name of one that was called under activation checkpointing from outside; None if none was.
     """
 
     def __init__(self, generators: Generators, numbers: InTurn | None = None) -> None:
@@ -79,6 +86,8 @@ class Watch:
         self.trouble: str | None = None
         self.stray_draws: str | None = None
         self.at_border: Callable[[], None] = lambda: None
+        self.in_order: list[int] = []
+        self.runs_again: str | None = None
 
     @property
     def in_unit(self) -> bool:
@@ -97,6 +106,10 @@ class Watch:
             return
         self._look_at_own_code()
         self.at_border()
+        if unit.has_state:
+            self.in_order.append(unit.number)
+            if saves_otherwise():
+                self.runs_again = unit.name
         if any(has_hooks(module) for part in unit.parts for module in part.modules()):
             self.trouble = f"{unit.name} gets hooks of user code while it runs"
         self._depth += 1
