@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_hetero.runtime.engine.batch import batch_rows
+from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, not_of_rows
 from lightning_hetero.testing.cut_models import Between
 
 EXACT = 1e-12
@@ -338,3 +338,26 @@ def pictures(count: int, *sides: int, channels: int = 3) -> list[Tensor]:
 )  # fmt: skip
 def test_rows_of_batches_of_lists(batch: Any, expected: int | None) -> None:
     assert batch_rows(batch) == expected
+
+
+def test_what_once_had_other_rows_is_never_cut() -> None:
+    def batch(count: int) -> dict[str, Any]:
+        return {
+            "x": torch.arange(count),
+            "texts": [str(number) for number in range(count)],
+            "names": ["cat", "dog"],
+            "other loader": [torch.arange(5), torch.arange(5)],
+            "weights": torch.arange(2),
+            "samples": [torch.zeros(7) for _ in range(count)],
+            "maybe": torch.zeros(0 if count > 2 else count),
+        }
+
+    seen = set(not_of_rows(batch(6), 6))
+    last = batch(2)
+    part = cut_rows(last, 2, 1, 2, seen)
+    assert part["x"].tolist() == [1]
+    assert part["texts"] == ["1"]
+    assert len(part["samples"]) == len(part["maybe"]) == 1
+    for name in ("names", "other loader", "weights"):
+        assert len(part[name]) == 2
+    assert len(cut_rows(last, 2, 1, 2)["names"]) == 1  # as far as this batch tells

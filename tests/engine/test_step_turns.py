@@ -68,7 +68,10 @@ def test_a_lane_that_has_passed_the_only_time_is_not_waited_for() -> None:
         with turns.passing(lane, "key", "Counts"):
             pass
     again = turns.passing(0, "key", "Counts")
-    with pytest.raises(CannotCutError, match="calls Counts more than once, whose calls have to keep their order"), again:
+    with (
+        pytest.raises(CannotCutError, match="calls Counts more than once, whose calls have to keep their order"),
+        again,
+    ):
         pass
     with turns.passing(1, "key", "Counts"):  # nobody comes after it
         pass

@@ -109,6 +109,6 @@ def test_what_is_called_more_often_than_in_the_first_step_is_refused(hetero: Any
     with pytest.raises(UnsupportedError) as raised:
         hetero(devices=EMULATED, placement="round_robin", **STEPS).fit(Later(), data(rows=64, batch_size=16))
     assert str(raised.value) == (
-        "the training step cannot run in micro-batches, because it calls net.1…net.2 more than once, whose calls have to "
-        "keep their order, which it did not do in the first step. Set micro_batching='forward'."
+        "the training step cannot run in micro-batches, because it calls net.1…net.2 more than once, whose calls have "
+        "to keep their order, which it did not do in the first step. Set micro_batching='forward'."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from operator import gt
@@ -137,25 +137,63 @@ def _lists_in(batch: Any) -> Iterator[Sequence[Any]]:
             todo += value
 
 
-def cut_rows(obj: Any, rows: int, start: int, stop: int) -> Any:
+Path = tuple[Any, ...]
+"""Keys, indices and names of fields that lead to a place in a batch."""
+
+_MOST_ITEMS = 64  # of a list that is looked into
+
+
+def cut_rows(obj: Any, rows: int, start: int, stop: int, whole: Container[Path] = (), path: Path = ()) -> Any:
     """The rows from `start` to before `stop` of a batch of a data loader.
 
     Tensors with `rows` rows are cut, and so are lists of that length whose items are not batches themselves (texts,
-    images of different sizes); everything else is handed on whole.
+    images of different sizes); everything else is handed on whole, and so is what stands at a path in `whole`.
     """
+
+    def part(value: Any, key: Any) -> Any:
+        return cut_rows(value, rows, start, stop, whole, (*path, key))
+
     if isinstance(obj, Tensor):
-        return obj[start:stop] if obj.dim() > 0 and obj.shape[0] == rows else obj
+        return obj[start:stop] if obj.dim() > 0 and obj.shape[0] == rows and path not in whole else obj
     if isinstance(obj, dict):
-        return with_values(obj, {key: cut_rows(value, rows, start, stop) for key, value in obj.items()})
+        return with_values(obj, {key: part(value, key) for key, value in obj.items()})
     if isinstance(obj, (list, tuple)):
-        if len(obj) == rows and not hasattr(obj, "_fields") and not any(_has_rows(item, rows) for item in obj):
+        if path not in whole and _has_item_for_each(obj, rows):
             return obj[start:stop]
-        items = [cut_rows(item, rows, start, stop) for item in obj]
+        items = [part(item, index) for index, item in enumerate(obj)]
         return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        values = {f.name: cut_rows(getattr(obj, f.name, None), rows, start, stop) for f in dataclasses.fields(obj)}
-        return with_fields(obj, values)
+        return with_fields(obj, {f.name: part(getattr(obj, f.name, None), f.name) for f in dataclasses.fields(obj)})
     return obj
+
+
+def not_of_rows(obj: Any, rows: int, path: Path = ()) -> Iterator[Path]:
+    """Where in a batch stand tensors and lists that do not have its rows: they are no rows in any batch.
+
+    Empty ones say nothing.
+    """
+    if isinstance(obj, Tensor):
+        if obj.dim() > 0 and obj.shape[0] not in (0, rows):
+            yield path
+    elif isinstance(obj, dict):
+        for key, value in obj.items():
+            yield from not_of_rows(value, rows, (*path, key))
+    elif isinstance(obj, (list, tuple)):
+        if _has_item_for_each(obj, rows):
+            return
+        if obj and len(obj) != rows:
+            yield path
+        if len(obj) <= _MOST_ITEMS:
+            for index, item in enumerate(obj):
+                yield from not_of_rows(item, rows, (*path, index))
+    elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        for field in dataclasses.fields(obj):
+            yield from not_of_rows(getattr(obj, field.name, None), rows, (*path, field.name))
+
+
+def _has_item_for_each(items: Sequence[Any], rows: int) -> bool:
+    """Whether it is a list of samples, as far as one batch tells."""
+    return len(items) == rows and not hasattr(items, "_fields") and not any(_has_rows(item, rows) for item in items)
 
 
 def has_item_for_each_row(obj: Any, rows: int) -> bool:

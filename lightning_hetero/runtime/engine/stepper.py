@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.errors import UnsupportedError
-from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, offsets
+from lightning_hetero.runtime.engine.batch import Path, batch_rows, cut_rows, not_of_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
 from lightning_hetero.runtime.engine.gate import Gate, Seen
 from lightning_hetero.runtime.engine.in_turn import InTurn
@@ -120,6 +120,7 @@ class Stepper:
         self._gates = [Gate(each, seen) for each in gated]
         self._gated = {id(part) for each in gated for part in each.modules()}
         self._modes: dict[Any, _Mode] = {}
+        self._whole: set[Path] = set()  # where in batches nothing is cut, as some batch had other rows there
         self._tables: dict[int, Mapping[tuple[int, Op, int], int]] = {}
         for gate in self._gates:
             gate.install()
@@ -146,6 +147,7 @@ class Stepper:
         if total is None or total < 2:
             self._runs_once("its batch has no rows to cut")
             return None
+        self._whole.update(not_of_rows(args[0], total))
         rows = self._rows(total)
         if len(rows) < 2:
             self._runs_once("batch normalisation needs two rows of each")
@@ -321,7 +323,7 @@ class Stepper:
         twin = twin_of(self._module, self._own(index, step))
         step.uses[index] = Uses(twin)
         first = offsets(step.rows)
-        batch = cut_rows(step.args[0], first[-1], first[index], first[index + 1])
+        batch = cut_rows(step.args[0], first[-1], first[index], first[index + 1], self._whole)
         HERE.part_of_batch = step.rows[index] / first[-1]
         try:
             return getattr(twin, self._name)(batch, *step.args[1:])
