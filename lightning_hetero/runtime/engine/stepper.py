@@ -109,7 +109,7 @@ class Stepper:
         schedule: Schedule,
         recorded: Sequence[str],
         gated: Sequence[nn.Module],
-        seen: Seen,
+        seen: Seen | None = None,
     ) -> None:
         self._engine = engine
         self._module = module
