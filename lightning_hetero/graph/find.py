@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ _SPLITTABLE = (
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # They have no `forward`: the module above reads their parameters as its own.
 _PARAMETER_LISTS = (nn.ParameterList, nn.ParameterDict)
+_ARE_METRICS: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # classes, as far as somebody has asked
 
 
 def find_units(root: nn.Module, no_split: str | Iterable[str] = ()) -> ModelGraph:
@@ -121,7 +123,12 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 def is_metric(module: nn.Module) -> bool:
     """Whether the module is a torchmetrics metric (recognised without importing torchmetrics)."""
-    return any(f"{cls.__module__}.{cls.__qualname__}" == "torchmetrics.metric.Metric" for cls in type(module).__mro__)
+    kind = type(module)
+    known = _ARE_METRICS.get(kind)
+    if known is None:
+        known = any(f"{cls.__module__}.{cls.__qualname__}" == "torchmetrics.metric.Metric" for cls in kind.__mro__)
+        _ARE_METRICS[kind] = known
+    return known
 
 
 def is_placed_elsewhere(module: nn.Module) -> bool:

@@ -250,24 +250,6 @@ def test_metrics_that_are_called_twice_in_a_step_keep_their_last_value(hetero: A
     assert trainer.callback_metrics["sum_epoch"] == 2 * 4 * 3.0
 
 
-def test_what_a_hook_sets_on_the_module_itself_is_refused(hetero: Any) -> None:
-    """Micro-batches would read what another one has left there, or nothing."""
-
-    class Hooked(Steps):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net.register_forward_hook(self._keep)
-
-        def _keep(self, module: Any, args: Any, output: Tensor) -> None:
-            self.features = output.detach()
-
-        def write(self, x: Tensor, loss: Tensor) -> None:
-            pass
-
-    with pytest.raises(UnsupportedError, match=r"self\.features is set in training_step by another way than through"):
-        hetero(devices=EMULATED, **STEPS).fit(Hooked(), data(rows=16, batch_size=8))
-
-
 def test_what_is_set_on_the_class_is_refused(hetero: Any) -> None:
     class Classy(Steps):
         count = 0

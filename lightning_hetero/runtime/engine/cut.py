@@ -93,6 +93,10 @@ class Unit(Protocol):
         """Whether its forward may change buffers, so that the order of micro-batches matters."""
 
     @property
+    def stateful(self) -> Sequence[nn.Module]:
+        """The modules in it whose buffers its forward may change."""
+
+    @property
     def has_large_weights(self) -> bool:
         """Whether it is on the CPU with weights that are large; see `at_once`."""
 

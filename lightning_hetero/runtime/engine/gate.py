@@ -32,6 +32,8 @@ class Gate(InPlace):
     Attributes:
         used: What user code has called since this was emptied: "forward", "update", "compute", "reset".
         calls: How often it has, since this was set to 0.
+        in_unit: Says whether a unit runs, while somebody looks at what the step does.
+        used_in_unit: Whether code of a unit has called it meanwhile.
     """
 
     def __init__(self, module: nn.Module, seen: Seen | None = None) -> None:
@@ -41,6 +43,8 @@ class Gate(InPlace):
         self._inside: set[int] = set()
         self.used: set[str] = set()
         self.calls = 0
+        self.in_unit: Callable[[], bool] = never
+        self.used_in_unit = False
 
     @property
     def key(self) -> int:
@@ -75,6 +79,8 @@ class Gate(InPlace):
         alone = next((each for each in _ALONE if each in self.used), None)
         if alone is not None:
             return f"it calls {alone} of {name}, which depends on the micro-batches before"
+        if self.used_in_unit:
+            return f"a part calls {name}, so nobody knows for which micro-batch"
         if len(self.used) > 1:
             return f"it calls {name} and its update, which has one order only if they are alone"
         return None
@@ -92,6 +98,7 @@ class Gate(InPlace):
             return
         self.used.add(name)
         self.calls += 1
+        self.used_in_unit |= self.in_unit()
         if lane is not None and name in _ALONE:
             raise CannotCutError(f"it calls {name} of {type(self._module).__name__}")
         self._inside.add(me)
@@ -135,6 +142,11 @@ class _Door(InPlace):
 
     def __reduce__(self) -> Any:
         return (_own_method, (self._module, self._name)) if self._before is None else (_itself, (self._before,))
+
+
+def never() -> bool:
+    """What a gate asks while nobody looks."""
+    return False
 
 
 def _nothing() -> None:

@@ -41,7 +41,10 @@ class _Unit:
         worker: The thread of its device.
         stage: Index of the stage that it belongs to.
         draws: Whether it draws random numbers, as far as a trial has seen.
+        keeps_state: Whether its forward changes buffers in evaluation too, as far as a trial has seen.
     """
+
+    keeps_state = False
 
     def __init__(self, engine: Engine, name: str, worker: Worker, stage: int) -> None:
         self.engine = engine
@@ -78,7 +81,14 @@ class _Unit:
     @property
     def has_state(self) -> bool:
         """Whether its forward may change buffers, so that the order of micro-batches matters."""
-        return any(part.training and part._buffers for module in self.parts for part in module.modules())
+        parts = (part for each in self.parts for part in each.modules())
+        return any(part._buffers and (part.training or self.keeps_state) for part in parts)
+
+    @property
+    def stateful(self) -> Sequence[nn.Module]:
+        """The modules in it whose buffers its forward may change."""
+        found = (part for each in self.parts for part in each.modules())
+        return [part for part in found if part._buffers and (part.training or self.keeps_state)]
 
     @cached_property
     def has_large_weights(self) -> bool:

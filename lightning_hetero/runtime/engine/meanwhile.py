@@ -9,29 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_hetero.runtime.engine.contents import CONTAINERS, LARGE, content, is_same
+from lightning_hetero.runtime.engine.contents import CONTAINERS, LARGE, Thing, content, is_same
+from lightning_hetero.runtime.engine.names import Name
+from lightning_hetero.runtime.engine.quick_look import QuickLook
+from lightning_hetero.runtime.engine.watch import HOOKS
 from lightning_hetero.runtime.transfer import version_of
 
 _MISSING = object()
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
+# What code can exchange for a call: parameters (`functional_call`), submodules, hooks. Buffers are those of units.
+_REGISTERED = ("_parameters", "_modules", *HOOKS)
+_PLAIN = (Tensor, nn.Parameter)
+_MOST = 500  # things looked at after every operation
 
 
 class Meanwhile:
-    """Compares modes, attributes and requires_grad at several moments of a step with those when its first unit begins.
+    """Compares what modules and their code have at several moments of a step with that when its first unit begins.
 
-    What a step sets before that, and leaves as it is, is thus no difference: every micro-batch sets the same. This is
-    asked again and again, so it has to be quick. Buffers of units, which lanes change in order while units run, must
-    not change between them.
+    That is modes, attributes, what is inside of them, parameters, submodules, hooks, requires_grad, and what code of
+    the modules names: globals, attributes of classes, variables of functions around it. What a step sets before that,
+    and leaves as it is, is thus no difference: every micro-batch sets the same. This is asked again and again, so it
+    has to be quick. Buffers of units, which lanes change in order while units run, must not change between them.
 
     Args:
         modules: Names and modules; the first is the root. Its own attributes are not looked at: twins have them.
         ignored: `id` of modules that are not looked at.
+        inside: What can change inside of attributes and names.
+        names: Names outside of modules.
 
     Attributes:
         change: What was different at some moment, in words that follow "because"; None if nothing was.
     """
 
-    def __init__(self, modules: Sequence[tuple[str, nn.Module]], ignored: Container[int]) -> None:
+    def __init__(
+        self,
+        modules: Sequence[tuple[str, nn.Module]],
+        ignored: Container[int],
+        inside: Sequence[Thing] = (),
+        names: Sequence[Name] = (),
+    ) -> None:
+        self._inside, self._names = inside[:_MOST], names[:_MOST]
+        self._registered = [
+            (f"{name}.{key}".lstrip("."), registry)
+            for name, module in modules
+            if id(module) not in ignored and not isinstance(module, torch.jit.ScriptModule)  # its own are in C++
+            for key in _REGISTERED
+            if isinstance(registry := module.__dict__.get(key), dict)
+        ]
         self._below = [(name, module.__dict__) for name, module in modules[1:] if id(module) not in ignored]
         self._parameters = {
             id(parameter): (f"{name}.{key}" if name else key, parameter)
@@ -50,13 +74,18 @@ class Meanwhile:
         self._in_unit = False
         self._left: list[tuple[int, int]] | None = None  # the buffers when the last unit ended
         self._before: list[dict[str, Any]] | None = None
-        self._trained: list[bool] = []
+        self._trained: list[tuple[bool, int]] = []
+        self._quick = QuickLook((), (), ())
+        self._first: list[Thing] = []  # what was inside
+        self._bound: list[Any] = []  # to names
+        self._members: list[dict[str, Any]] = []  # of registries
+        self._dtype = torch.get_default_dtype()
         self.change: str | None = None
 
     def at_border(self) -> None:
         """A unit begins or ends."""
         if self._before is None:
-            self._before, self._trained = [dict(attributes) for _, attributes in self._below], self._trained_now()
+            self._begin()
         self.look()
         self._in_unit = not self._in_unit
         if self._in_unit:
@@ -64,12 +93,25 @@ class Meanwhile:
         else:
             self._left = self._buffers_now()
 
+    def _begin(self) -> None:
+        self._before, self._trained = [dict(attributes) for _, attributes in self._below], self._trained_now()
+        self._members = [dict(registry) for _, registry in self._registered]
+        self._bound = [name.value for name in self._names]
+        with torch._C.DisableTorchFunction():
+            for thing in self._inside:
+                is_tensor = isinstance(thing.value, Tensor)
+                kept = (version_of(thing.value), None) if is_tensor else content(thing.value, may_be_large=False)
+                if kept is not None:
+                    self._first.append(thing._replace(content=kept))
+            self._quick = QuickLook((), self._first, ())
+
     def end(self) -> None:
         """The step is over."""
         self._look_at_buffers()
 
     def _buffers_now(self) -> list[tuple[int, int]]:
-        return [(id(b), version_of(b)) for _, buffers in self._buffers for b in buffers.values() if b is not None]
+        with torch._C.DisableTorchFunction():
+            return [(id(b), version_of(b)) for _, buffers in self._buffers for b in buffers.values() if b is not None]
 
     def _look_at_buffers(self) -> None:
         if self._left is None or self.change is not None or (now := self._buffers_now()) == self._left:
@@ -80,9 +122,9 @@ class Meanwhile:
             f"the buffer {changed[0] if changed else 'of a part'} is changed, and not by the forward of its module"
         )
 
-    def _trained_now(self) -> list[bool]:
+    def _trained_now(self) -> list[tuple[bool, int]]:
         with torch._C.DisableTorchFunction():  # or whoever watches operations sees each parameter that is asked
-            return [parameter.requires_grad for _, parameter in self._parameters.values()]
+            return [(each.requires_grad, _place_of(each)) for _, each in self._parameters.values()]
 
     def look(self) -> None:
         """Compare now, if some unit has begun."""
@@ -95,10 +137,32 @@ class Meanwhile:
                 if self.change is not None:
                     return
         if trained != self._trained:
-            differs = (now != then for now, then in zip(trained, self._trained, strict=True))
-            name = next(path for (path, _), differ in zip(self._parameters.values(), differs, strict=True) if differ)
-            self.change = f"requires_grad of {name} is switched within it"
+            pairs = zip(self._parameters.values(), trained, self._trained, strict=True)
+            path, new, old = next((path, new, old) for (path, _), new, old in pairs if new != old)
+            self.change = (
+                f"requires_grad of {path} is switched within it"
+                if new[0] != old[0]
+                else f"the data of {path} are exchanged for a while"
+            )
             return
+        if self._dtype != torch.get_default_dtype():
+            self.change = "it sets the default dtype of torch for a while"
+            return
+        for (name, registry), members in zip(self._registered, self._members, strict=True):
+            if len(registry) != len(members) or not all(map(is_, registry.values(), members.values())):
+                self.change = f"{name} is changed for a while"
+                return
+        for bound, value in zip(self._names, self._bound, strict=True):
+            if bound.value is not value:
+                self.change = f"{bound.where} is set"
+                return
+        with torch._C.DisableTorchFunction():
+            if not self._quick.is_as_before():
+                changed = (each for each in self._first if not is_same(each.value, each.content, quickly=True))
+                thing = next(changed, None)
+                if thing is not None:
+                    self.change = f"the content of {thing.module}.{thing.key} is changed for a while"
+                    return
         for path, value, kept in self._containers:
             if not is_same(value, kept, quickly=True):
                 self.change = f"the content of {path} is changed for a while"
@@ -112,6 +176,11 @@ def _difference(name: str, now: dict[str, Any], before: dict[str, Any]) -> str |
     if key == "training":
         return f"the mode (training or not) of {name} is switched within it"
     return None if key is None else f"{name}.{key} is set"
+
+
+def _place_of(parameter: Tensor) -> int:
+    """Where its numbers are; 0 if that cannot be told."""
+    return parameter.data_ptr() if type(parameter) in _PLAIN and parameter.layout is torch.strided else 0
 
 
 def writes_of(parameter: Tensor) -> tuple[int, int]:

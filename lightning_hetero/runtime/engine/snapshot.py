@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_hetero.runtime.engine import contents
 from lightning_hetero.runtime.engine.contents import Thing
 from lightning_hetero.runtime.engine.meanwhile import writes_of
-from lightning_hetero.runtime.engine.names import names_of, read_in_forward
+from lightning_hetero.runtime.engine.names import Name, names_of, read_in_forward
 from lightning_hetero.runtime.engine.quick_look import QuickLook
 from lightning_hetero.runtime.engine.watch import HOOKS
 from lightning_hetero.runtime.transfer import version_of
@@ -95,6 +95,31 @@ class Snapshot:
     def of_thread(self) -> str | None:
         """Something whose value every thread has for itself, in words; None if there is nothing."""
         return next((bound.where for bound in self._outside if bound.is_of_thread), None)
+
+    def changed_buffer(self, buffers: Container[int], modules: Container[int]) -> str | None:
+        """Name of one of these buffers that is not as it was; None if all are.
+
+        Args:
+            buffers: Their `id`.
+            modules: `id` of the modules whose buffers matter.
+        """
+        of = {_called(name, module): module for name, module in self.modules if id(module) in modules}
+        for thing in self._buffers:
+            if id(thing.value) in buffers and thing.module in of:
+                is_there = of[thing.module]._buffers.get(thing.key) is thing.value
+                if not (is_there and contents.is_same(thing.value, thing.content)):
+                    return f"{thing.module}.{thing.key}"
+        return None
+
+    def inside(self, ignored: Container[int] = ()) -> list[Thing]:
+        """What can change inside of attributes and of names, but those of modules whose `id` is in `ignored`."""
+        left_out = {_called(name, module) for name, module in self.modules if id(module) in ignored}
+        return [thing for thing in self._inside if thing.module not in left_out]
+
+    @property
+    def names(self) -> list[Name]:
+        """Names outside of modules that their code may bind anew."""
+        return self._outside
 
     def iterator_used(self, start: str = "forward") -> str | None:
         """An iterator that the code uses and that cannot be put back, in words; None if there is none.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,9 @@ class StepTask:
         leaves: The parameters that may get gradients.
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the step's own code, outside of units, draws random numbers.
-        once: Numbers of units that keep state, and `id` of metrics, that each micro-batch calls once.
+        once: Keys that each micro-batch passes once: `id` of metrics, and those of units that keep state.
+        keys: Of units that keep state, by number; units that share it have one key.
+        shared: `id` of the modules in them that do.
     """
 
     run: Callable[[int], Any]
@@ -71,6 +73,8 @@ class StepTask:
     seed: int | None = None
     own_code_draws: bool = False
     once: Container[Hashable] = ()
+    keys: Mapping[int, Hashable] = field(default_factory=dict)
+    shared: Container[int] = ()
 
 
 class StepCall(Call):
@@ -106,7 +110,14 @@ class StepCall(Call):
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
         """Within the block, lower lanes are done with the unit; None unless it keeps state (running means, say)."""
-        return self._turns_of(lane).passing(lane.index, unit.number, unit.name) if unit.has_state else None
+        if not unit.has_state:
+            return None
+        key = self._task.keys.get(unit.number)
+        if key is None:
+            key = unit.number  # it was not called in the first step
+            if any(id(module) in self._task.shared for module in unit.stateful):
+                raise CannotCutError(f"it calls {unit.name}, which shares its buffers with another part")
+        return self._turns_of(lane).passing(lane.index, key, unit.name)
 
     def _turns_of(self, lane: Lane) -> Turnstile:
         return self._backward_turns if lane.in_backward else self._forward_turns

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.graph.find import is_metric
 from lightning_hetero.runtime.engine.batch import Path, batch_rows, cut_rows, not_of_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
-from lightning_hetero.runtime.engine.gate import Gate, Seen
+from lightning_hetero.runtime.engine.gate import Gate, Seen, never
 from lightning_hetero.runtime.engine.in_turn import InTurn
 from lightning_hetero.runtime.engine.intercept import Region
 from lightning_hetero.runtime.engine.meanwhile import Meanwhile
@@ -23,9 +24,10 @@ from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.sources import OtherSources
 from lightning_hetero.runtime.engine.state import saves_otherwise
 from lightning_hetero.runtime.engine.step import StepCall, StepTask
+from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
-from lightning_hetero.runtime.engine.twin import Contents, Uses, handed_on, twin_of
-from lightning_hetero.runtime.engine.watch import Watch
+from lightning_hetero.runtime.engine.twin import Contents, Direct, Uses, handed_on, shadow_of, twin_of
+from lightning_hetero.runtime.engine.watch import Watch, Watched
 from lightning_hetero.runtime.frames import HERE
 from lightning_hetero.runtime.transfer import version_of
 from lightning_hetero.schedule import Op, Schedule, bounds
@@ -71,7 +73,16 @@ class _Mode:
     reason: str | None
     draws: bool = False
     own_code_draws: bool = False
+    order: _Order = field(default_factory=lambda: _Order())
+
+
+@dataclass(slots=True)
+class _Order:
+    """What has to be used in order; see `StepTask`."""
+
     once: frozenset[Hashable] = frozenset()
+    keys: Mapping[int, Hashable] = field(default_factory=dict)
+    shared: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -82,6 +93,8 @@ class _Step:
     rows: list[int]
     notes: list[list[Noted]] = field(default_factory=list)
     uses: dict[int, Uses] = field(default_factory=dict)
+    direct: Direct = field(default_factory=Direct)
+    kind: type | None = None  # of the module, which has another class while what is done to it is noted
 
 
 class Stepper:
@@ -117,13 +130,28 @@ class Stepper:
         self._schedule = schedule
         self._recorded = recorded
         self._elsewhere = Elsewhere(module, recorded)
-        self._gates = [Gate(each, seen) for each in gated]
-        self._gated = {id(part) for each in gated for part in each.modules()}
+        self._seen = seen
+        self._gates: list[Gate] = []
+        self._gated: set[int] = set()
         self._modes: dict[Any, _Mode] = {}
         self._whole: set[Path] = set()  # where in batches nothing is cut, as some batch had other rows there
         self._tables: dict[int, Mapping[tuple[int, Op, int], int]] = {}
-        for gate in self._gates:
-            gate.install()
+        for each in gated:
+            self._add_gate(each)
+
+    def _add_gate(self, module: nn.Module) -> None:
+        gate = Gate(module, self._seen)
+        gate.install()
+        self._gates.append(gate)
+        self._gated.update(map(id, module.modules()))
+
+    def _look_for_metrics(self) -> None:
+        """Give gates to metrics that the module has got meanwhile."""
+        new = [each for each in self._module.modules() if id(each) not in self._gated and is_metric(each)]
+        for metric in new:
+            if id(metric) not in self._gated:
+                self._add_gate(metric)
+                self._modes.clear()  # the next step is rehearsed again
 
     def close(self) -> None:
         """Take the gates off."""
@@ -143,6 +171,7 @@ class Stepper:
         Returns:
             The result; None if the batch cannot be cut, and nothing has been done.
         """
+        self._look_for_metrics()
         total = batch_rows(args[0])
         if total is None or total < 2:
             self._runs_once("its batch has no rows to cut")
@@ -152,7 +181,7 @@ class Stepper:
         if len(rows) < 2:
             self._runs_once("batch normalisation needs two rows of each")
             return None
-        step = _Step(args, rows)
+        step = _Step(args, rows, kind=type(self._module))
         step.notes = [[] for _ in step.rows]
         given = Tree(args[0])
         key = tuple((tensor.dim(), tensor.dtype) for tensor in given.tensors)
@@ -187,14 +216,15 @@ class Stepper:
     def _in_lanes(self, step: _Step, scale: float, mode: _Mode) -> StepCall:
         contents, before = Contents(self._module), dict(self._module.__dict__)
         seed = _seed() if mode.draws else None
-        call = self._call(step, scale, self._run_beside_the_others, seed, mode.own_code_draws, mode.once)
+        call = self._call(step, scale, self._run_beside_the_others, seed, mode.own_code_draws, mode.order)
         states = self._engine.generators.states() if mode.draws else {}  # one number was drawn for the seed
         try:
-            call.in_lanes()
+            with step.direct.noting(self._module):
+                call.in_lanes()
         finally:
             self._engine.generators.restore(states)
         uses = [step.uses[index] for index in sorted(step.uses)]
-        self._nothing_past_twins(before, uses)
+        self._nothing_past_twins(before, uses, step.direct)
         name = handed_on(uses) or contents.changed()
         if name is not None:
             raise UnsupportedError(
@@ -212,10 +242,11 @@ class Stepper:
         def run(index: int, step: _Step) -> Any:
             around = around_first if index == 0 else None
             with nullcontext(look_away) if around is None else around(sum(step.rows) / step.rows[0]) as look:
-                if numbers is None:
-                    output = self._run_after_the_last(index, step)
-                else:
-                    output = self._run_with(numbers, index, step)
+                with (
+                    nullcontext() if numbers is None else numbers.micro_batch(index),
+                    self._alone(index, step) as batch,
+                ):
+                    output = getattr(self._module, self._name)(batch, *step.args[1:])
                 look(output)
                 return output
 
@@ -229,16 +260,19 @@ class Stepper:
         before, others = torch.get_rng_state(), OtherSources()
         watch = Watch(self._engine.generators, InTurn(self._engine.generators, _seed()))
         snapshot = Snapshot(self._module)
-        meanwhile = Meanwhile(snapshot.modules, self._gated)
-        calls = _Calls(watch, meanwhile)
+        meanwhile = Meanwhile(snapshot.modules, self._gated, snapshot.inside(self._gated), snapshot.names)
+        calls = _Calls(watch, meanwhile, self._engine.generators)
         watch.at_border = meanwhile.at_border
         for gate in self._gates:
             gate.used.clear()
             gate.calls = 0
+            gate.used_in_unit = False
+            gate.in_unit = lambda: watch.in_unit
         passed: list[list[Hashable]] = []
 
         def run(index: int, step: _Step) -> Any:
-            output = self._run_with(watch, index, step)
+            with watch.micro_batch(index), self._alone(index, step) as batch:
+                output = self._run_seen(index, batch, step)
             passed.append([*watch.in_order, *(gate.key for gate in self._gates for _ in range(gate.calls))])
             watch.in_order.clear()
             for gate in self._gates:
@@ -246,8 +280,12 @@ class Stepper:
             return output
 
         call = self._call(step, scale, run)
-        with self._engine.watching(watch), calls, self._elsewhere.asking(calls.log_is_called):
-            call.one_by_one()
+        try:
+            with self._engine.watching(watch), calls, self._elsewhere.asking(calls.log_is_called):
+                call.one_by_one()
+        finally:
+            for gate in self._gates:
+                gate.in_unit = never
         watch.end()
         meanwhile.end()
         if not watch.any:
@@ -256,20 +294,29 @@ class Stepper:
         reason = reason or snapshot.change_below(ignored=self._gated, in_order=self._engine.in_units)
         reason = reason or next((gate.needs_all_before for gate in self._gates if gate.needs_all_before), None)
         reason = reason or meanwhile.change
+        if reason is None and (name := snapshot.changed_buffer(calls.read, self._engine.in_units)) is not None:
+            reason = f"it reads {name}, which a part changes"
+        if reason is None and (drawer := calls.sets_numbers_back) is not None:
+            reason = f"{drawer} draws random numbers and sets their generator back"
+        if reason is None and snapshot.of_thread is not None:
+            reason = f"its code uses {snapshot.of_thread}, whose value each thread has for itself"
         if reason is None and (iterator := snapshot.iterator_used(self._name)) is not None:
             reason = f"it uses {iterator}"
         for unit in watch.units:
             unit.draws = True
         if reason is not None:
             self._engine.note(f"{_ONE_BY_ONE} {reason}", "The results are the same as in lanes.")
-        once = frozenset(key for key in set().union(*passed) if all(keys.count(key) == 1 for keys in passed))
-        return call, _Mode(reason, watch.any, watch.own_code, once)
+        return call, _Mode(reason, watch.any, watch.own_code, _order(passed, watch.stateful))
 
     def _reason(self, step: _Step, watch: Watch, calls: _Calls, others: OtherSources) -> str | None:
         """Why micro-batches must not be under way at the same time, in words that follow "because"."""
-        name, drawn = handed_on(list(step.uses.values())), others.drawn()
+        uses, drawn = list(step.uses.values()), others.drawn()
+        name = handed_on(uses)
+        past = step.direct.written.union(*(step.direct.read & use.written for use in uses)) - {*self._own_names}
         if name is not None:
             return f"self.{name} goes from one batch to the next"
+        if past:
+            return f"self.{min(past)} is set, or read after it was set, by code that has the module in another way"
         if watch.changer is not None:
             return f"{watch.changer} changes its input in place"
         if watch.writer is not None:
@@ -293,8 +340,9 @@ class Stepper:
         run: Callable[[int, _Step], Any],
         seed: int | None = None,
         own_code_draws: bool = False,
-        once: frozenset[Hashable] = frozenset(),
+        order: _Order | None = None,
     ) -> StepCall:
+        order = order or _Order()
         task = StepTask(
             run=lambda index: run(index, step),
             rows=step.rows,
@@ -305,7 +353,9 @@ class Stepper:
             leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],
             seed=seed,
             own_code_draws=own_code_draws,
-            once=once,
+            once=order.once,
+            keys=order.keys,
+            shared=order.shared,
         )
         return StepCall(self._engine, self._engine.next_call(), task)
 
@@ -320,7 +370,7 @@ class Stepper:
         return self._tables[micro_batches]
 
     def _run_beside_the_others(self, index: int, step: _Step) -> Any:
-        twin = twin_of(self._module, self._own(index, step))
+        twin = twin_of(self._module, self._own(index, step), step.kind)
         step.uses[index] = Uses(twin)
         first = offsets(step.rows)
         batch = cut_rows(step.args[0], first[-1], first[index], first[index + 1], self._whole)
@@ -331,34 +381,47 @@ class Stepper:
             HERE.part_of_batch = 1.0
             step.uses[index].look_past_setting()
 
-    def _run_after_the_last(self, index: int, step: _Step) -> Any:
+    @contextmanager
+    def _alone(self, index: int, step: _Step) -> Iterator[Any]:
+        """Within the block, which is given the rows of a micro-batch, nobody else runs: `self` is the module itself."""
         self._elsewhere.index = index
-        before = dict(self._module.__dict__)
-        output = self._run_beside_the_others(index, step)
-        self._nothing_past_twins(before, [step.uses[index]])
-        step.uses[index].apply_to(self._module, self._own_names)
-        return output
+        first, attributes = offsets(step.rows), self._module.__dict__
+        region = attributes.get("forward")
+        if isinstance(region, Region):
+            del attributes["forward"]  # calls of the module run in this thread, and not for a batch of their own
+        HERE.part_of_batch = step.rows[index] / first[-1]
+        try:
+            yield cut_rows(step.args[0], first[-1], first[index], first[index + 1], self._whole)
+        finally:
+            HERE.part_of_batch = 1.0
+            if isinstance(region, Region):
+                attributes.setdefault("forward", region)
 
-    def _nothing_past_twins(self, before: Mapping[str, Any], uses: Sequence[Uses]) -> None:
+    def _run_seen(self, index: int, batch: Any, step: _Step) -> Any:
+        """Run with something that is told from the module itself, and has the same attributes."""
+        shadow = shadow_of(self._module)
+        uses = step.uses[index] = Uses(shadow)
+        try:
+            with step.direct.noting(self._module):
+                return getattr(shadow, self._name)(batch, *step.args[1:])
+        finally:
+            uses.look_past_setting()
+            if uses.set_on_class:
+                raise UnsupportedError(_past_twins(f"type(self).{uses.set_on_class[0]}"))
+
+    def _nothing_past_twins(self, before: Mapping[str, Any], uses: Sequence[Uses], direct: Direct) -> None:
         """See to it that nothing was set on the module itself, or its class: micro-batches read what their twins have.
 
         Raises:
-            UnsupportedError: Something was.
+            UnsupportedError: Something was; or it was read, and a twin had another value.
         """
         now = self._module.__dict__
-        names = [name for name in {**before, **now} if now.get(name, _MISSING) is not before.get(name, _MISSING)]
-        names = [f"self.{name}" for name in names if name not in self._own_names]
-        names += [f"type(self).{name}" for use in uses for name in use.set_on_class]
-        if names:
-            raise UnsupportedError(
-                f"{names[0]} is set in training_step by another way than through self (a hook or a bound method that "
-                "was handed on, the Trainer's lightning_module, the class). Micro-batches have a self of their own "
-                "each and do not see it. Set it through self in training_step, or set micro_batching='forward'."
-            )
-
-    def _run_with(self, numbers: InTurn | Watch, index: int, step: _Step) -> Any:
-        with numbers.micro_batch(index):
-            return self._run_after_the_last(index, step)
+        names = {name for name in {**before, **now} if now.get(name, _MISSING) is not before.get(name, _MISSING)}
+        names |= direct.written.union(*(direct.read & use.written for use in uses))
+        past = [f"self.{name}" for name in sorted(names) if name not in self._own_names]
+        past += [f"type(self).{name}" for use in uses for name in use.set_on_class]
+        if past:
+            raise UnsupportedError(_past_twins(past[0]))
 
     @property
     def _own_names(self) -> Sequence[str]:
@@ -371,6 +434,34 @@ class Stepper:
         if isinstance(self._module.__dict__.get("forward"), Region):
             own["forward"] = None  # that of the class, so that `self` is the twin in it
         return own
+
+
+def _past_twins(name: str) -> str:
+    return (
+        f"{name} is set in training_step, or read after it was set, by another way than through self (a hook or a "
+        "bound method that was handed on, the Trainer's lightning_module, the class), which it was not in the first "
+        "step. Micro-batches have a self of their own each and do not see it. Do it through self in training_step, or "
+        "set micro_batching='forward'."
+    )
+
+
+def _order(passed: Sequence[Sequence[Hashable]], stateful: Mapping[int, set[int]]) -> _Order:
+    """What was used in order by each micro-batch, where units that have a module in common count as one.
+
+    Args:
+        passed: Keys of metrics and numbers of units, one for each call, for each micro-batch.
+        stateful: `id` of modules that keep state, for each of these units.
+    """
+    group: dict[int, int] = {}  # of modules
+    for modules in stateful.values():
+        known = {group.get(module, module) for module in modules}
+        new = min(known)
+        group = {module: new if old in known else old for module, old in group.items()}
+        group.update(dict.fromkeys(modules, new))
+    keys: dict[Any, Hashable] = {number: ("of units", group[min(modules)]) for number, modules in stateful.items()}
+    each = [[keys.get(key, key) for key in called] for called in passed]
+    once = frozenset(key for key in set().union(*each) if all(called.count(key) == 1 for called in each))
+    return _Order(once, keys, frozenset(group))
 
 
 def _seed() -> int:
@@ -386,17 +477,23 @@ class _Calls(TorchFunctionMode):
     Args:
         watch: Knows whether a unit is at work.
         meanwhile: Looks at modules after every operation of the step's own code.
+        generators: The default generators of all devices of the plan.
 
     Attributes:
+        read: `id` of tensors that the step's own code has read.
         reason: What it does that lanes could not, in words that follow "because"; None if nothing was seen.
         checkpoints: Whether some of it may run again for the backward.
     """
 
-    def __init__(self, watch: Watch, meanwhile: Meanwhile) -> None:
+    def __init__(self, watch: Watch, meanwhile: Meanwhile, generators: Generators) -> None:
         super().__init__()
         self._watch = watch
         self._meanwhile = meanwhile
         self._data: list[tuple[Tensor, int]] = []
+        self._generators = generators
+        self._drew: list[Watched] = []
+        self._drew_itself = False
+        self.read: set[int] = set()
         self.reason: str | None = None
         self.checkpoints = False
 
@@ -404,6 +501,20 @@ class _Calls(TorchFunctionMode):
     def writes_to_data(self) -> bool:
         """Whether `parameter.data` was written to, of which the parameter itself knows nothing."""
         return any(version_of(data) != version for data, version in self._data)
+
+    @property
+    def sets_numbers_back(self) -> str | None:
+        """What draws random numbers, and leaves the generator as if it had not; None if nothing does."""
+        if self._drew_itself and not self._watch.own_code:
+            return "its code"
+        return next((unit.name for unit in self._drew if unit not in self._watch.units), None)
+
+    def _note_draw(self) -> None:
+        unit = self._watch.current
+        if unit is None:
+            self._drew_itself = True
+        elif unit not in self._drew:
+            self._drew.append(unit)
 
     def log_is_called(self, name: str) -> None:
         """Somebody who does not know its micro-batch calls a method of the model."""
@@ -415,7 +526,11 @@ class _Calls(TorchFunctionMode):
             self.reason = "it computes gradients itself"
         elif not self._watch.in_unit:
             self.checkpoints |= saves_otherwise()
+            self.read.update(id(arg) for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Tensor))
+        states = self._generators.states()
         result = func(*args, **(kwargs or {}))
+        if self._generators.drawn_since(states):
+            self._note_draw()
         if func == _DATA and isinstance(args[0], nn.Parameter):
             self._data.append((result, version_of(result)))
         if not self._watch.in_unit:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 _MISSING = object()
 
 
-def twin_of(module: nn.Module, without: Mapping[str, Any]) -> nn.Module:
+def twin_of(module: nn.Module, without: Mapping[str, Any], kind: type | None = None) -> nn.Module:
     """A new object of the module's class with the same parameters, buffers, submodules and attributes.
 
     Parameters and submodules that are replaced are replaced in both, buffers and attributes in the twin alone.
@@ -24,8 +25,9 @@ def twin_of(module: nn.Module, without: Mapping[str, Any]) -> nn.Module:
     Args:
         module: The module.
         without: Attributes that the twin is not to have, or is to have with another value.
+        kind: Its class; that of the module if None.
     """
-    twin: nn.Module = object.__new__(type(module))
+    twin: nn.Module = object.__new__(kind or type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_buffers"] = dict(module._buffers)
     for name, value in without.items():
@@ -33,6 +35,57 @@ def twin_of(module: nn.Module, without: Mapping[str, Any]) -> nn.Module:
         if value is not None:
             twin.__dict__[name] = value
     return twin
+
+
+def shadow_of(module: nn.Module) -> nn.Module:
+    """Another object with the very attributes of a module: what is set on one, the other has."""
+    shadow: nn.Module = object.__new__(type(module))
+    object.__setattr__(shadow, "__dict__", module.__dict__)
+    return shadow
+
+
+class Direct:
+    """What is done with the attributes of a module itself, while micro-batches have twins.
+
+    Attributes:
+        read: Names that were read.
+        written: Names that were set or deleted.
+    """
+
+    def __init__(self) -> None:
+        self.read: set[str] = set()
+        self.written: set[str] = set()
+
+    @contextmanager
+    def noting(self, module: nn.Module) -> Iterator[None]:
+        """Within the block, note it: the class of the module is replaced by a subclass."""
+        read, written = self.read, self.written
+        base: Any = type(module)
+
+        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
+            read.add(name)
+            return base.__getattribute__(self, name)
+
+        def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
+            written.add(name)
+            base.__setattr__(self, name, value)
+
+        def __delattr__(self: Any, name: str) -> None:  # noqa: N807
+            written.add(name)
+            base.__delattr__(self, name)
+
+        methods = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__delattr__": __delattr__}
+        module.__class__ = _like(base, methods)
+        try:
+            yield
+        finally:
+            object.__setattr__(module, "__class__", base)  # past what notes it
+
+
+def _like(base: Any, methods: Mapping[str, Any]) -> Any:
+    """A subclass that passes for the class."""
+    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**methods, **named})
 
 
 class Uses:
@@ -68,15 +121,8 @@ class Uses:
             written.add(name)
             base.__delattr__(self, name)
 
-        namespace = {
-            "__getattribute__": __getattribute__,
-            "__setattr__": __setattr__,
-            "__delattr__": __delattr__,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        }
-        twin.__class__ = type(base.__name__, (base,), namespace)
+        methods = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__delattr__": __delattr__}
+        twin.__class__ = _like(base, methods)
         self._on_class = set(vars(type(twin)))
 
     @property

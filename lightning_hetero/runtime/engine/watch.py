@@ -32,10 +32,11 @@ class Watched(Protocol):
     name: str
     number: int
     draws: bool
+    keeps_state: bool
 
     @property
-    def has_state(self) -> bool:
-        """Whether its forward may change buffers."""
+    def stateful(self) -> Sequence[nn.Module]:
+        """The modules in it whose buffers its forward may change."""
 
     @property
     def worker(self) -> _HasDevice:
@@ -68,7 +69,9 @@ class Watch:
         trouble: What else was seen that lanes could not do, in words that follow "because"; None if nothing was.
         stray_draws: Who draws random numbers that cannot be set for each micro-batch, in such words; None if nobody.
         at_border: Called where a unit begins and where it ends.
+        current: The unit that runs.
         in_order: Numbers of units that keep state, one for each call.
+        stateful: `id` of the modules in them that do, by number.
         runs_again: Name of one that was called under activation checkpointing from outside; None if none was.
     """
 
@@ -79,6 +82,7 @@ class Watch:
         self._states = generators.states()
         self._depth = 0
         self._over = False
+        self.current: Watched | None = None
         self.units: list[Watched] = []
         self.own_code = False
         self.changer: str | None = None
@@ -87,6 +91,8 @@ class Watch:
         self.stray_draws: str | None = None
         self.at_border: Callable[[], None] = lambda: None
         self.in_order: list[int] = []
+        self.stateful: dict[int, set[int]] = {}
+        self._in_backward = False
         self.runs_again: str | None = None
 
     @property
@@ -106,13 +112,11 @@ class Watch:
             return
         self._look_at_own_code()
         self.at_border()
-        if unit.has_state:
-            self.in_order.append(unit.number)
-            if saves_otherwise():
-                self.runs_again = unit.name
+        before = [] if unit.keeps_state else _buffers_of(unit)
         if any(has_hooks(module) for part in unit.parts for module in part.modules()):
             self.trouble = f"{unit.name} gets hooks of user code while it runs"
         self._depth += 1
+        self.current = unit
         tensors = Tree(inputs).tensors
         versions = [version_of(tensor) for tensor in tensors]
         containers = contents(inputs)
@@ -124,16 +128,29 @@ class Watch:
                     self._look_at(unit)
         finally:
             self._depth -= 1
+            self.current = None
+            if not unit.keeps_state and before != _buffers_of(unit) and not unit.stateful:
+                unit.keeps_state = True  # in evaluation, too
+            self._note_order(unit)
             if versions != [version_of(tensor) for tensor in tensors]:
                 self.changer = unit.name
             if not are_unchanged(containers):
                 self.writer = unit.name
             self.at_border()
 
+    def _note_order(self, unit: Watched) -> None:
+        stateful = unit.stateful
+        if stateful:
+            self.in_order.append(unit.number)
+            self.stateful.setdefault(unit.number, set()).update(map(id, stateful))
+            if saves_otherwise():
+                self.runs_again = unit.name
+
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[None]:
-        """Code of a step runs for the micro-batch with that index."""
-        self._look_at_own_code()
+        """Code of a step runs for the micro-batch with that index, and then its backward."""
+        self._look_at_backward()
+        self._in_backward = True
         with self._set_numbers(None if self._numbers is None else self._numbers.micro_batch(index)):
             try:
                 yield
@@ -155,6 +172,7 @@ class Watch:
 
     def end(self) -> None:
         """Watch no more: what follows is done for comparison only."""
+        self._look_at_backward()
         self._look_at_own_code()
         self._over = True
 
@@ -162,6 +180,11 @@ class Watch:
     def any(self) -> bool:
         """Whether anybody draws."""
         return self.own_code or bool(self.units)
+
+    def _look_at_backward(self) -> None:
+        if self._in_backward and self._drawn():
+            self.own_code = True
+            self.stray_draws = "its backward draws random numbers"
 
     def _look_at_own_code(self) -> None:
         drawn = self._drawn()
@@ -189,6 +212,11 @@ class Watch:
         if drawn:
             self._states = self._generators.states()
         return drawn
+
+
+def _buffers_of(unit: Watched) -> list[tuple[int, int]]:
+    with torch._C.DisableTorchFunction():  # whoever watches operations would see that the version is read
+        return [(id(buffer), version_of(buffer)) for part in unit.parts for buffer in part.buffers()]
 
 
 def has_hooks(module: nn.Module) -> bool:
