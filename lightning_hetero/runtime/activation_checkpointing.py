@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,7 +93,10 @@ class Checkpointed(StandIn):
         if not self._applies():
             return self.plain(*args, **kwargs)
         call = CheckpointedCall(self, args, kwargs)
-        return torch.utils.checkpoint.checkpoint(call, self._marker, use_reentrant=False, preserve_rng_state=False)
+        # RReLU saves its noise before it fills it, and a second run that ends early ends there.
+        early = not any(isinstance(part, nn.RReLU) for part in self.parts)
+        with nullcontext() if early else torch.utils.checkpoint.set_checkpoint_early_stop(False):
+            return torch.utils.checkpoint.checkpoint(call, self._marker, use_reentrant=False, preserve_rng_state=False)
 
     def parameters(self) -> list[Tensor]:
         """Those that are there now."""

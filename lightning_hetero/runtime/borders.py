@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.containers import write_back
-from lightning_hetero.runtime.frames import Frame
+from lightning_hetero.runtime.frames import Frame, Seeded
 from lightning_hetero.runtime.hooks import Hook
 from lightning_hetero.runtime.transfer import map_tensors, move, once, to_device
 
@@ -30,9 +30,9 @@ class EnterBlock(Hook):
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Forward pre-hook."""
-        if module.training and self.device.type != "cpu" and _may_be_checkpointed():
-            _seed_from_cpu(self.device)
         frame = Frame(id(module), self.device)
+        if module.training and self.device.type != "cpu" and _may_be_checkpointed():
+            frame.seeded = _seed_from_cpu(self.device)
         copies: dict[int, Tensor] = {}
 
         def visit(tensor: Tensor) -> Tensor:
@@ -61,6 +61,8 @@ class LeaveBlock(Hook):
         frame = frames.pop(id(module))
         if frame is None:
             return None
+        if frame.seeded is not None:
+            _unseed_if_unused(frame.device, frame.seeded)
         _write_back(frame)
         if frame.copied:
             write_back(frame.copied, lambda value: move(value, self.root))
@@ -157,17 +159,34 @@ def _may_be_checkpointed() -> bool:
     )
 
 
-def _seed_from_cpu(device: torch.device) -> None:
+def _seed_from_cpu(device: torch.device) -> Seeded:
     """Let the random numbers of a device follow from those of the CPU.
 
     `torch.utils.checkpoint` repeats the random numbers of the CPU and of the devices on which its inputs are. A block
     may be on another device; without this its dropout would draw another mask in the repetition, and gradients would
     be wrong without an error.
     """
+    backend, which = getattr(torch, device.type), _which(device)
+    before = torch.get_rng_state(), backend.get_rng_state(*which)
     seed = int(torch.randint(1 << 62, (), device="cpu"))
-    backend = getattr(torch, device.type)
     if device.index is None or not hasattr(backend, "device"):
         backend.manual_seed(seed)
     else:
         with backend.device(device):
             backend.manual_seed(seed)
+    return Seeded(*before, torch.get_rng_state(), backend.get_rng_state(*which))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """How functions for random numbers are told the device: there is one MPS device, and its functions know that."""
+    return () if device.type == "mps" else (device,)
+
+
+def _unseed_if_unused(device: torch.device, seeded: Seeded) -> None:
+    """Leave random numbers as they were if a block has drawn none: to run without gradients is no reason for others."""
+    backend, which = getattr(torch, device.type), _which(device)
+    with torch._C.DisableTorchFunction():
+        if torch.equal(backend.get_rng_state(*which), seeded.device_then):
+            backend.set_rng_state(seeded.device_before, *which)
+            if torch.equal(torch.get_rng_state(), seeded.cpu_then):
+                torch.set_rng_state(seeded.cpu_before)

@@ -6,12 +6,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_hetero.runtime.containers import Copied
+
+
+class Seeded(NamedTuple):
+    """States of the generators of the CPU and a device: before the latter was seeded from the former, and then."""
+
+    cpu_before: Tensor
+    device_before: Tensor
+    cpu_then: Tensor
+    device_then: Tensor
 
 
 @dataclass(slots=True)
@@ -24,6 +33,7 @@ class Frame:
         chain: Whether its code only hands one child's output to the next child.
         moved: (given, copy on `device`, version of the copy) for every input that had to move.
         copied: The containers among its inputs that were copied for that.
+        seeded: How random numbers were, if those of the device were made to follow from those of the CPU.
     """
 
     owner: int
@@ -31,6 +41,7 @@ class Frame:
     chain: bool = False
     moved: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     copied: list[Copied] = field(default_factory=list)
+    seeded: Seeded | None = None
 
 
 class _Here(threading.local):

@@ -190,3 +190,27 @@ def test_replicas_are_refused(hetero: Any) -> None:
     trainer = hetero(devices=EMULATED, placement=shares, strategy={"activation_checkpointing": True})
     with pytest.raises(UnsupportedError, match=r"has replicas, which keep their .* Leave out activation_checkpointing"):
         trainer.fit(Dropping(), data("mlp"))
+
+
+def test_noise_that_torch_saves_before_it_fills_it_is_there_in_the_second_run(plain: Any, hetero: Any) -> None:
+    """A second run that ends where the last tensor was saved would leave that of RReLU unfilled."""
+
+    class Leaky(Classifier):
+        def __init__(self) -> None:
+            super().__init__("mlp")
+            torch.manual_seed(0)
+            layers = [nn.Sequential(nn.Linear(8, 8), nn.RReLU()) for _ in range(3)]
+            self.net = nn.Sequential(*layers, nn.Linear(8, 4)).double()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def fit(trainer: Any) -> Leaky:
+        torch.manual_seed(1)
+        module = Leaky()
+        trainer.fit(module, data())
+        return module
+
+    alone = fit(plain())
+    spread = fit(hetero(devices=EMULATED, placement="even", strategy={"activation_checkpointing": True}))
+    assert difference(alone, spread) == 0.0

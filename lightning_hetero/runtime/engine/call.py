@@ -37,7 +37,10 @@ class Call:
         sums: Sums of the gradients of parameters.
         has_failed: Whether some lane has failed, or the call was interrupted: then all stop.
         keeps_graph: Whether there may be another backward.
+        is_step: Whether forwards go on while backwards run, so that numbers are drawn for good meanwhile.
     """
+
+    is_step = False
 
     def __init__(
         self, engine: Engine, *, number: int, name: str, rows: Sequence[int], seed: int | None, checks_capture: bool

@@ -9,7 +9,7 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -84,8 +84,10 @@ def things(
             yield found
         elif isinstance(found, tuple):
             todo += found
-        elif isinstance(found, MethodType):
+        elif isinstance(found, (MethodType, BuiltinFunctionType)):  # `append` of a list, say
             todo.append(found.__self__)
+        elif isinstance(found, FunctionType):
+            todo += (cell.cell_contents for cell in found.__closure__ or () if not is_empty(cell))
         elif isinstance(found, functools.partial):
             todo += (found.func, *found.args, *found.keywords.values())
         else:
@@ -203,6 +205,15 @@ def _copied(value: Any) -> Any:
 def equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same content; a nan is equal to itself."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def is_empty(cell: CellType) -> bool:
+    """Whether a variable of a function around has no value (yet)."""
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return True
+    return False
 
 
 def is_open(value: Any) -> bool:

@@ -74,6 +74,10 @@ class Unit(Protocol):
     draws: bool
 
     @property
+    def runs_again(self) -> bool:
+        """Whether its backward runs some of its forward again, by code of its own."""
+
+    @property
     def replicas(self) -> Sequence[Unit]:
         """The unit on other devices."""
 
@@ -249,6 +253,10 @@ class UnitCall:
         """Those of the inputs, then of the leaves."""
         assert self._inputs is not None
         wanted: list[Tensor | GradientEdge] = [*self._inputs, *self._edges]
+        if self.unit.runs_again and (call.seed is not None or call.is_step):
+            # `torch.utils.checkpoint` sets the generator of the CPU and puts it back, while others may draw.
+            with call.generators.alone(self.unit.worker.torch_device):
+                return gradients(reached, given, wanted, keep_graph=call.keeps_graph)
         if call.seed is not None and self.unit.draws:
             with _drawing(call, self.unit, None):
                 return gradients(reached, given, wanted, keep_graph=call.keeps_graph)

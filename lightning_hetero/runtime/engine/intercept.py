@@ -42,9 +42,11 @@ class _Unit:
         stage: Index of the stage that it belongs to.
         draws: Whether it draws random numbers, as far as a trial has seen.
         keeps_state: Whether its forward changes buffers in evaluation too, as far as a trial has seen.
+        runs_again: Whether its backward runs some of it again, by code of its own, as far as a trial has seen.
     """
 
     keeps_state = False
+    runs_again = False
 
     def __init__(self, engine: Engine, name: str, worker: Worker, stage: int) -> None:
         self.engine = engine
@@ -178,6 +180,11 @@ class ReplicaUnit(_Unit):
     @draws.setter
     def draws(self, draws: bool) -> None:
         """Said of the unit itself."""
+
+    @property
+    def runs_again(self) -> bool:  # type: ignore[override]
+        """Whether its backward runs some of it again, by code of its own, as far as a trial has seen."""
+        return self._unit.runs_again
 
     def homes(self, leaves: list[Tensor]) -> list[Tensor]:
         """The parameters that leaves of the unit's graph stand for."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_hetero.runtime.engine.contents import (
     CONTAINERS,
     Thing,
+    is_empty,
     is_iterator,
     is_open,
     is_users,
@@ -106,7 +107,7 @@ class Name:
 
     def _get(self) -> Any:
         if isinstance(self._owner, CellType):
-            return _MISSING if _is_empty(self._owner) else self._owner.cell_contents
+            return _MISSING if is_empty(self._owner) else self._owner.cell_contents
         return (self._owner if isinstance(self._owner, dict) else vars(self._owner)).get(self._name, _MISSING)
 
 
@@ -136,6 +137,7 @@ def names_of(classes: Iterable[type], functions: Iterable[Any] = ()) -> Iterator
 def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
     """What functions name, and the functions of these packages that they name."""
     seen: set[tuple[int, str]] = set()
+    functions: set[int] = set()  # of autograd, gone through
     for function in _each_once(todo):
         known = function.__globals__
         found: list[tuple[Any, str, Any, str]]
@@ -145,11 +147,18 @@ def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
             for owner, name, where in _in_owners(_named_directly(function), set(_names_in(function.__code__)))
         ]
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
-        found += [(c, name, c.cell_contents, f"the variable {name!r}") for name, c in cells if not _is_empty(c)]
+        found += [(c, name, c.cell_contents, f"the variable {name!r}") for name, c in cells if not is_empty(c)]
         for owner, name, value, where in found:
             if isinstance(value, FunctionType):
                 if _is_own(value, packages):
                     todo.append(value)
+            elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
+                for base in (base for base in value.__mro__ if is_users(base) and id(base) not in functions):
+                    functions.add(id(base))
+                    todo += vars(base).values()  # torch calls `forward` and `backward` by `apply`
+                    of_class = [(each, it) for each, it in vars(base).items() if not each.startswith("__")]
+                    for each in (each for each, it in of_class if _is_bound_anew(it)):
+                        yield Name(base, each, f"the attribute {each!r} of class {base.__name__}")
             elif _is_bound_anew(value) and (id(owner), name) not in seen:
                 seen.add((id(owner), name))
                 yield Name(owner, name, where)
@@ -161,7 +170,7 @@ def _named_directly(function: FunctionType) -> dict[str, Any]:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
     return {
         **{name: known[name] for name in set(_names_in(function.__code__)) & known.keys()},
-        **{name: cell.cell_contents for name, cell in cells if not _is_empty(cell)},
+        **{name: cell.cell_contents for name, cell in cells if not is_empty(cell)},
     }
 
 
@@ -181,8 +190,7 @@ def _in_owners(known: Mapping[str, Any], names: Set[str]) -> Iterator[tuple[Any,
         seen.add(id(owner))
         for name in names & vars(owner).keys():
             yield owner if isinstance(owner, type) else vars(owner), name, f"{path}.{name}"
-            if isinstance(owner, type):  # classes of settings within each other
-                todo.append((f"{path}.{name}", vars(owner)[name]))
+            todo.append((f"{path}.{name}", vars(owner)[name]))  # classes of settings within each other, or in modules
 
 
 def _is_own(value: Any, packages: Container[str]) -> bool:
@@ -243,14 +251,6 @@ def _names_in(code: CodeType) -> Iterator[str]:
 def _package(thing: Any) -> str:
     name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None)
     return str(name).partition(".")[0]
-
-
-def _is_empty(cell: CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:  # a variable that has no value yet
-        return True
-    return False
 
 
 def named_in_forward(classes: Iterable[type]) -> frozenset[str]:

@@ -257,6 +257,10 @@ class RegionCall(Call):
                 self.generators.begin()
                 self._draws_again = True
             self.engine.interceptions.renew_replicas()
+        elif any(call.unit.runs_again for call in self._lanes[0].units):
+            # What runs again by `torch.utils.checkpoint` sets generators, several devices at a time.
+            self.generators.begin()
+            self._draws_again = True
         self._ready = mark(self.engine.root)
         context = contextvars.copy_context()
 

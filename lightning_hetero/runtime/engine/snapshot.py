@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,21 @@ class Snapshot:
 
     Args:
         module: The module.
+        given: What it is called with beside tensors: functions, other modules, classes.
 
     Attributes:
-        modules: Names and modules: those below the module, and those that hide in its attributes.
+        modules: Names and modules: those below the module, those that hide in its attributes, and those given.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, given: Iterable[Any] = ()) -> None:
+        given = [value for value in given if isinstance(value, nn.Module) or callable(value)]
         self.modules: list[tuple[str, nn.Module]] = list(module.named_modules())
         self._inside: list[Thing] = []
-        self._look_inside()
+        self._look_inside(given)
         functions = [value for _, each in self.modules for value in each.__dict__.values() if callable(value)]
+        functions += (value for value in given if not isinstance(value, (nn.Module, type)))
         self._kinds = {type(thing.value) for thing in self._inside if contents.is_open(thing.value)}
+        self._kinds |= {value for value in given if isinstance(value, type) and contents.is_users(value)}
         self._outside = list(names_of({*(type(each) for _, each in self.modules), *self._kinds}, functions))
         self._functions = functions
         self._inside += [thing for each in self._outside for thing in each.things]
@@ -267,23 +272,27 @@ class Snapshot:
                 return f"the parameter {path} is changed"
         return None
 
-    def _look_inside(self) -> None:
+    def _look_inside(self, given: Iterable[Any]) -> None:
         """Find what is inside of attributes, and modules that are not registered but in a list, say."""
         known, seen = {id(each) for _, each in self.modules}, set[int]()
+        for value in given:
+            self._look_into("what it is called with", "argument", value, known, seen)
         for name, module in self.modules:  # grows on the way
             for key, value in module.__dict__.items():
-                if key in _IGNORED or key in _EVERY_MODULE_HAS:
-                    continue
-                for found in contents.things(_called(name, module), key, value, seen):
-                    if isinstance(found, Thing):
-                        self._inside.append(found)
-                    elif id(found) not in known:
-                        parts = list(found.named_modules())
-                        if any(part is self.modules[0][1] for _, part in parts):
-                            parts = [("", found)]  # a module above this one: what else is in it is not called from here
-                        new = [(f"{key}.{path}".rstrip("."), part) for path, part in parts if id(part) not in known]
-                        self.modules += new
-                        known.update(id(part) for _, part in new)
+                if key not in _IGNORED and key not in _EVERY_MODULE_HAS:
+                    self._look_into(_called(name, module), key, value, known, seen)
+
+    def _look_into(self, owner: str, key: str, value: Any, known: set[int], seen: set[int]) -> None:
+        for found in contents.things(owner, key, value, seen):
+            if isinstance(found, Thing):
+                self._inside.append(found)
+            elif id(found) not in known:
+                parts = list(found.named_modules())
+                if any(part is self.modules[0][1] for _, part in parts):
+                    parts = [("", found)]  # a module above this one: what else is in it is not called from here
+                new = [(f"{key}.{path}".rstrip("."), part) for path, part in parts if id(part) not in known]
+                self.modules += new
+                known.update(id(part) for _, part in new)
 
 
 def _called(name: str, module: nn.Module) -> str:

@@ -89,6 +89,8 @@ class StepCall(Call):
         outputs: What the user's step returned for each micro-batch.
     """
 
+    is_step = True
+
     def __init__(self, engine: Engine, number: int, task: StepTask) -> None:
         super().__init__(
             engine,

@@ -524,7 +524,9 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             self.reason = "it computes gradients itself"
-        elif not self._watch.in_unit:
+        elif self._watch.in_unit:
+            self._watch.note_saving()
+        else:
             self.checkpoints |= saves_otherwise()
             self.read.update(id(arg) for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Tensor))
         states = self._generators.states()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ class Generators:
             self._users -= 1
             if self._users == 0:
                 self.restore(self._kept)
+
+    @contextmanager
+    def alone(self, device: torch.device) -> Iterator[None]:
+        """Within the block, nobody else draws on a device, nor on the CPU."""
+        mine = [generator for each, generator in self.of.items() if each.type == "cpu" or each == device]
+        with ExitStack() as stack:
+            for generator in mine:
+                stack.enter_context(Stream(generator, None).running())
+            yield
 
     def states(self) -> dict[torch.device, Tensor]:
         """The state of every generator."""

@@ -116,9 +116,10 @@ class Trial:
             return Verdict(None, ONE_ROW, final=False) if cuts else Verdict(None, "none of its inputs is a batch")
         states, others = self._generators.states(), OtherSources()
         drawn_from = [(each, each.get_state()) for each in given.values if isinstance(each, torch.Generator)]
-        norms = [module for module in self._module.modules() if uses_batch(module)]
+        reached = [self._module, *(each for each in given.values if isinstance(each, nn.Module))]
+        norms = [module for each in reached for module in each.modules() if uses_batch(module)]
         with methods_refused(self._callers, self._forbidden) as refused, Deferred(norms).untouched():
-            snapshot = Snapshot(self._module)
+            snapshot = Snapshot(self._module, given.values)
             reason = self._visible_reason(snapshot)
             if reason is not None:
                 return Verdict(None, reason)
@@ -151,6 +152,8 @@ class Trial:
         for name, module in snapshot.modules:
             if uses_batch(module) and not (self._defers and can_defer(module)):
                 return f"{name or 'it'} ({type(module).__name__}) uses the mean and variance of the whole batch"
+            if getattr(module, "scale_grad_by_freq", False) and self._records:
+                return f"{name or 'it'} ({type(module).__name__}) scales gradients by how often the batch has a row"
             # Hooks of a region are called around it; those of a unit, which a module with replicas is, within it.
             if (module is not self._module or _is_unit(module)) and has_hooks(module):
                 return f"{name or 'it'} has hooks of user code, which would see parts of a batch"
@@ -379,6 +382,7 @@ class Trial:
             self._in_between = look()
 
     def _note_saving(self) -> None:
+        self._watch.note_saving()
         self._saves_otherwise = self._saves_otherwise or (saves_otherwise() and not self._watch.in_unit)
 
 

@@ -33,6 +33,7 @@ class Watched(Protocol):
     number: int
     draws: bool
     keeps_state: bool
+    runs_again: bool
 
     @property
     def stateful(self) -> Sequence[nn.Module]:
@@ -95,6 +96,11 @@ class Watch:
         self._in_backward = False
         self.runs_again: str | None = None
 
+    def note_saving(self) -> None:
+        """Within an operation: see whether the unit that runs makes part of its forward run again in the backward."""
+        if self.current is not None and not self.current.runs_again and saves_otherwise():
+            self.current.runs_again = True
+
     @property
     def in_unit(self) -> bool:
         """Whether the code that runs now is that of a unit."""
@@ -104,11 +110,13 @@ class Watch:
     def unit(self, unit: Watched, inputs: Any) -> Iterator[None]:
         """What is drawn within the block is drawn by `unit`, or by the unit around it."""
         if self._over or self._depth:
+            around, self.current = self.current, self.current or unit
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
+                self.current = around
             return
         self._look_at_own_code()
         self.at_border()
@@ -184,7 +192,7 @@ class Watch:
     def _look_at_backward(self) -> None:
         if self._in_backward and self._drawn():
             self.own_code = True
-            self.stray_draws = "its backward draws random numbers"
+            self.stray_draws = self.stray_draws or "its backward draws random numbers"
 
     def _look_at_own_code(self) -> None:
         drawn = self._drawn()

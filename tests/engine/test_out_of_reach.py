@@ -1,0 +1,260 @@
+"""State that a region is given, or reaches by others: a trial leaves no trace in it. And second runs of user code."""
+
+from __future__ import annotations
+
+import os
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_hetero.testing.rows import rows, squares
+
+MakePair = Callable[..., Any]
+ROUNDING = 1e-12
+another_file: Any = types.ModuleType("another_file")
+EMULATED = "cpu@speed=1,cpu@speed=1,cpu@speed=1"
+
+
+class Nap(torch.autograd.Function):
+    """The same tensor, some milliseconds later."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        time.sleep(os.urandom(1)[0] / 255 * 3e-3)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        time.sleep(os.urandom(1)[0] / 255 * 3e-3)
+        return gradient
+
+
+class Again(nn.Module):
+    """Checkpoints itself, or not; with dropout inside, or not. Shape (rows, 8)."""
+
+    checkpoints = True
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.linear, self.p = nn.Linear(8, 8), p
+
+    def body(self, x: Tensor) -> Tensor:
+        x = Nap.apply(self.linear(Nap.apply(x)))  # type: ignore[no-untyped-call]
+        if self.p:
+            x = F.dropout(F.dropout(x, self.p), self.p)
+        return torch.tanh(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False) if self.checkpoints else self.body(x)
+
+
+def test_numbers_that_are_drawn_after_parts_ran_again_are_those_of_one_device(pair: MakePair) -> None:
+    both = pair(nn.Sequential(*(Again(0.0) for _ in range(3))).double(), on=EMULATED)
+
+    def drawn(model: nn.Module) -> list[float]:
+        torch.manual_seed(0)
+        found = []
+        for _ in range(6):
+            squares(model).backward()
+            found.append(float(torch.rand(())))
+        return found
+
+    expected = drawn(both.alone)
+    for _ in range(3):
+        assert drawn(both.model) == expected
+    assert both.calls
+
+
+@pytest.mark.parametrize("ps", [(0.3, 0.0, 0.3), (0.0, 0.3, 0.0), (0.3, 0.3, 0.3)])
+def test_parts_that_run_again_have_the_masks_of_their_first_run(
+    pair: MakePair, ps: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = pair(nn.Sequential(*map(Again, ps)).double(), on=EMULATED)
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        both.model.zero_grad()
+        squares(both.model).backward()
+        return [parameter.grad.clone() for parameter in both.model.parameters()]
+
+    gradients()  # a trial
+    again = [gradients() for _ in range(4)]
+    monkeypatch.setattr(Again, "checkpoints", False)
+    expected = gradients()
+    assert both.calls
+    for found in again:
+        assert all(map(torch.equal, found, expected))
+
+
+class Asks(nn.Module):
+    """Does what it is given. Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, does: Callable[[Tensor], Any]) -> Tensor:
+        x = self.a(x)
+        x = does(x) if isinstance(does, nn.Module) else (does(x), x)[1]
+        return self.b(x)  # type: ignore[no-any-return]
+
+
+class Tap:
+    """Keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def see(self, x: Tensor) -> None:
+        self.seen.append(float(x.detach().pow(2).mean()))
+
+
+class Mean(nn.Module):
+    """Keeps a running mean."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["function", "method", "append", "norm", "buffer"])
+def test_what_a_region_is_given_has_no_trace_of_trials(pair: MakePair, kind: str) -> None:
+    both = pair(Asks().double())
+    taps, appended = [Tap(), Tap()], ([], [])  # type: ignore[var-annotated]
+    norms = [nn.BatchNorm1d(8).double() for _ in range(2)]
+    means = [Mean().double() for _ in range(2)]
+    makes: dict[str, Callable[[int], Any]] = {
+        "function": lambda index: lambda x: taps[index].seen.append(float(x.detach().pow(2).mean())),
+        "method": lambda index: taps[index].see,
+        "append": lambda index: appended[index].append,
+        "norm": lambda index: norms[index],
+        "buffer": lambda index: means[index],
+    }
+    for _ in range(3):
+        both.step(lambda model: model(rows(), makes[kind](model is both.model)).pow(2).mean())
+        assert both.difference <= ROUNDING
+    assert len(taps[0].seen) == len(taps[1].seen) == 3 * (kind in ("function", "method"))
+    assert taps[0].seen == pytest.approx(taps[1].seen, abs=ROUNDING)
+    assert len(appended[0]) == len(appended[1]) == 3 * (kind == "append")
+    for one, other in ((*norms,), (*means,)):
+        for a, b in zip(one.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING)
+
+
+class Calls(nn.Module):
+    """Calls what it has. Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.seen = nn.Linear(8, 8), nn.Linear(8, 8), []  # type: ignore[var-annotated]
+        self.does: Callable[[Tensor], Any] = self.seen.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        self.does(x.detach())
+        return self.b(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["append", "variable"])
+def test_what_callbacks_hide_has_no_trace_of_trials(pair: MakePair, kind: str) -> None:
+    both = pair(Calls().double())
+    for model in (both.alone, both.model):
+        model.seen = []
+        model.does = model.seen.append if kind == "append" else _by_variable(model)
+    for _ in range(3):
+        both.step(squares)
+        assert both.difference <= ROUNDING
+    assert len(both.model.seen) == len(both.alone.seen) == 3
+
+
+def _by_variable(model: Any) -> Callable[[Tensor], None]:
+    return lambda x: model.seen.append(x)
+
+
+class Counting(torch.autograd.Function):
+    """Counts its calls."""
+
+    forwards = backwards = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Counting.forwards += 1
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        Counting.backwards += 1
+        return gradient * 2
+
+
+class Counted(nn.Module):
+    """Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(Counting.apply(self.a(x)))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_functions_of_autograd_have_no_trace_of_trials(pair: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = pair(Counted().double())
+    for name in ("forwards", "backwards"):
+        monkeypatch.setattr(Counting, name, 0)
+    for _ in range(3):
+        both.step(squares)
+        assert both.difference <= ROUNDING
+    assert (Counting.forwards, Counting.backwards) == (6, 6)
+
+
+class InAnotherFile(nn.Module):
+    """Counts in a class of a module of Python that it names. Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        another_file.Counts.calls += 1
+        return self.b(torch.tanh(self.a(x)))  # type: ignore[no-any-return]
+
+
+def test_classes_in_other_files_have_no_trace_of_trials(pair: MakePair) -> None:
+    another_file.Counts = type("Counts", (), {"calls": 0, "__module__": "another_file"})
+    both = pair(InAnotherFile().double())
+    for _ in range(3):
+        both.step(squares)
+        assert both.difference <= ROUNDING
+    assert another_file.Counts.calls == 6
+
+
+def test_gradients_that_are_scaled_by_how_often_a_row_comes(pair: MakePair) -> None:
+    both = pair(nn.Sequential(nn.Embedding(20, 8, scale_grad_by_freq=True), nn.Linear(8, 8), nn.Linear(8, 4)).double())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        tokens = torch.randint(20, (32,), generator=generator)
+        both.step(lambda model, tokens=tokens: model(tokens).pow(2).mean())
+        assert both.difference <= ROUNDING
+    assert "scales gradients by how often the batch has a row" in both.engine.reasons[0]
+
+
+def test_a_forward_without_gradients_draws_nothing_where_the_model_draws_nothing(pair: MakePair) -> None:
+    both = pair(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)).double(), micro_batches=1)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        both.model(rows())
+    assert torch.equal(torch.get_rng_state(), before)
