@@ -258,3 +258,40 @@ def test_a_forward_without_gradients_draws_nothing_where_the_model_draws_nothing
     with torch.no_grad():
         both.model(rows())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Towers(nn.Module):
+    """Two outputs. Input (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x))
+        return self.one(h), self.other(h)
+
+
+@pytest.mark.parametrize("kind", ["mask", "replace"])
+def test_hooks_of_parameters_that_a_loss_does_not_reach_are_not_called(pair: MakePair, kind: str) -> None:
+    both = pair(Towers().double())
+    seen: dict[nn.Module, int] = {both.alone: 0, both.model: 0}
+
+    def hook(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        def call(gradient: Tensor) -> Tensor:
+            seen[model] += 1
+            return gradient * 0.5 if kind == "mask" else torch.ones(4, 8, dtype=torch.float64)
+
+        return call
+
+    handles = [model.other.weight.register_hook(hook(model)) for model in seen]  # type: ignore[union-attr]
+    hooks = dict(both.model.other.weight._backward_hooks)
+    for step in range(4):
+        both.step(lambda model, step=step: sum(y.pow(2).mean() for y in model(rows())[: 1 + step % 2]))
+        assert both.difference <= ROUNDING  # and None in the same places
+        assert dict(both.model.other.weight._backward_hooks) == hooks
+    assert both.calls
+    assert seen[both.model] == seen[both.alone] == 2
+    for handle in handles:
+        handle.remove()
+    assert not both.model.other.weight._backward_hooks

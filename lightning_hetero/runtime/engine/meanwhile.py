@@ -161,7 +161,9 @@ class Meanwhile:
                 changed = (each for each in self._first if not is_same(each.value, each.content, quickly=True))
                 thing = next(changed, None)
                 if thing is not None:
-                    self.change = f"the content of {thing.module}.{thing.key} is changed for a while"
+                    is_outside = any(name.where == thing.module for name in self._names)
+                    place = thing.module if is_outside else f"{thing.module}.{thing.key}"
+                    self.change = f"the content of {place} is changed for a while"
                     return
         for path, value, kept in self._containers:
             if not is_same(value, kept, quickly=True):
@@ -180,7 +182,10 @@ def _difference(name: str, now: dict[str, Any], before: dict[str, Any]) -> str |
 
 def _place_of(parameter: Tensor) -> int:
     """Where its numbers are; 0 if that cannot be told."""
-    return parameter.data_ptr() if type(parameter) in _PLAIN and parameter.layout is torch.strided else 0
+    try:
+        return parameter.data_ptr() if type(parameter) in _PLAIN and parameter.layout is torch.strided else 0
+    except (NotImplementedError, RuntimeError):  # some devices have no places
+        return 0
 
 
 def writes_of(parameter: Tensor) -> tuple[int, int]:

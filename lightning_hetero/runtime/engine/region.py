@@ -35,6 +35,7 @@ from lightning_hetero.runtime.engine.fresh import Fresh
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import OWN_CODE, OrderedSums, gradients, walk
 from lightning_hetero.runtime.engine.region_task import RegionTask
+from lightning_hetero.runtime.engine.silence import spare
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree, with_attributes
@@ -352,6 +353,7 @@ class RegionCall(Call):
         ]
         for lane in self._lanes:
             lane.gradients = ()
+        spare(parameter for parameter in self._parameters if id(parameter) not in totals)
         return [*of_inputs, *map(totals.get, map(id, self._parameters))]
 
     @property

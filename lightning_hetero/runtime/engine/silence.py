@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_hetero.runtime.engine.at_once import AddsAtOnce
@@ -49,3 +50,38 @@ class Silence:
 
 
 SILENCE = Silence()  # one for all models: two of them may have parameters in common
+
+
+class _OfGradients:
+    """A hook that is not called where there is no gradient."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def __call__(self, gradient: Tensor | None) -> Any:
+        return None if gradient is None else self.hook(gradient)
+
+
+def spare(leaves: Iterable[Tensor]) -> None:
+    """Within a backward that does not reach some leaves: see to it that their hooks are not called with None.
+
+    On one device they would not be called at all. As all parameters hang on one node, autograd asks for each of them.
+    They may be reached by other ways all the same, so hooks stay where they are, until this backward has ended.
+    """
+    spared: list[tuple[dict[int, Any], int, _OfGradients]] = []
+    for leaf in leaves:
+        hooks: Any = leaf._backward_hooks
+        for key, hook in list(hooks.items()) if hooks else ():
+            if not isinstance(hook, (AddsAtOnce, _OfGradients)):
+                hooks[key] = _OfGradients(hook)
+                spared.append((hooks, key, hooks[key]))
+    if not spared:
+        return
+
+    def put_back() -> None:
+        for hooks, key, ours in spared:
+            if hooks.get(key) is ours:
+                hooks[key] = ours.hook
+
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(put_back)

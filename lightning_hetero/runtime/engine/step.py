@@ -25,6 +25,7 @@ from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import OWN_CODE, gradients, walk
+from lightning_hetero.runtime.engine.silence import spare
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.turnstile import Turnstile
@@ -215,6 +216,7 @@ class StepCall(Call):
         factor = float(gradient) / self._task.scale
         if abs(factor - 1.0) <= torch.finfo(gradient.dtype).eps:
             factor = 1.0  # the scale as the loss's dtype knows it
+        spare(leaf for leaf in self._leaves if id(leaf) not in totals)
         result = []
         for leaf in self._leaves:
             total = totals.get(id(leaf))

@@ -407,7 +407,7 @@ class Stepper:
         finally:
             uses.look_past_setting()
             if uses.set_on_class:
-                raise UnsupportedError(_past_twins(f"type(self).{uses.set_on_class[0]}"))
+                raise UnsupportedError(_past_twins(f"type(self).{uses.set_on_class[0]}", is_later=False))
 
     def _nothing_past_twins(self, before: Mapping[str, Any], uses: Sequence[Uses], direct: Direct) -> None:
         """See to it that nothing was set on the module itself, or its class: micro-batches read what their twins have.
@@ -436,12 +436,13 @@ class Stepper:
         return own
 
 
-def _past_twins(name: str) -> str:
+def _past_twins(name: str, *, is_later: bool = True) -> str:
+    later = ", which it was not in the first step" if is_later else ""
     return (
         f"{name} is set in training_step, or read after it was set, by another way than through self (a hook or a "
-        "bound method that was handed on, the Trainer's lightning_module, the class), which it was not in the first "
-        "step. Micro-batches have a self of their own each and do not see it. Do it through self in training_step, or "
-        "set micro_batching='forward'."
+        f"bound method that was handed on, the Trainer's lightning_module, the class){later}. Micro-batches have a "
+        "self of their own each and do not see it. Do it through self in training_step, or set "
+        "micro_batching='forward'."
     )
 
 
