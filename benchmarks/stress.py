@@ -7,7 +7,7 @@ delays are sleeps of up to a millisecond before a third of all calls of placed m
 from __future__ import annotations
 
 import copy
-import random
+import os
 import time
 from typing import Any
 
@@ -43,12 +43,14 @@ class Late(torch.autograd.Function):
         return gradient, None
 
 
-CHANCE = random.Random(0)  # no attribute of the model: that would be state, which forbids to cut it
+def chance() -> float:
+    """Of the machine, and not of a generator: that would be state, which forbids to cut a model."""
+    return os.urandom(1)[0] / 256
 
 
 def sleep(delayed: bool) -> None:
-    if delayed and CHANCE.random() < 1 / 3:
-        time.sleep(CHANCE.random() * 1e-3)
+    if delayed and chance() < 1 / 3:
+        time.sleep(chance() * 1e-3)
 
 
 class Block(nn.Module):

@@ -86,7 +86,7 @@ def things(
             todo += found
         elif isinstance(found, (MethodType, BuiltinFunctionType)):  # `append` of a list, say
             todo.append(found.__self__)
-        elif isinstance(found, FunctionType):
+        elif isinstance(found, FunctionType) and is_users(found):
             todo += (cell.cell_contents for cell in found.__closure__ or () if not is_empty(cell))
         elif isinstance(found, functools.partial):
             todo += (found.func, *found.args, *found.keywords.values())

@@ -523,6 +523,8 @@ class _Calls(TorchFunctionMode):
             self.reason = f"a part of the model calls self.{name}, which was handed on to it"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # it would trace what follows, and a compiled unit does none of that
+            return func(*args, **(kwargs or {}))
         if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             self.reason = "it computes gradients itself"
         elif self._watch.in_unit:
