@@ -157,10 +157,11 @@ def test_what_a_region_is_given_has_no_trace_of_trials(pair: MakePair, kind: str
 class Calls(nn.Module):
     """Calls what it has. Shape (rows, 8)."""
 
+    does: Callable[[Tensor], Any]
+
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.seen = nn.Linear(8, 8), nn.Linear(8, 8), []  # type: ignore[var-annotated]
-        self.does: Callable[[Tensor], Any] = self.seen.append
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -168,20 +169,26 @@ class Calls(nn.Module):
         return self.b(x)  # type: ignore[no-any-return]
 
 
+class Above(nn.Module):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def tell(self) -> Callable[[Tensor], None]:
+        return lambda x: self.seen.append(x)
+
+
 @pytest.mark.parametrize("kind", ["append", "variable"])
 def test_what_callbacks_hide_has_no_trace_of_trials(pair: MakePair, kind: str) -> None:
-    both = pair(Calls().double())
-    for model in (both.alone, both.model):
-        model.seen = []
-        model.does = model.seen.append if kind == "append" else _by_variable(model)
+    both, above = pair(Calls().double()), (Above(), Above())
+    for model, keeps in zip((both.alone, both.model), above, strict=True):
+        model.does = keeps.seen.append if kind == "append" else keeps.tell()
     for _ in range(3):
         both.step(squares)
         assert both.difference <= ROUNDING
-    assert len(both.model.seen) == len(both.alone.seen) == 3
-
-
-def _by_variable(model: Any) -> Callable[[Tensor], None]:
-    return lambda x: model.seen.append(x)
+    assert [len(keeps.seen) for keeps in above] == [3, 3]
 
 
 class Counting(torch.autograd.Function):
