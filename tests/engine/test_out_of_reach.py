@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,26 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_hetero.testing.naps import RunningMean, late
 from lightning_hetero.testing.rows import rows, squares
 
 MakePair = Callable[..., Any]
 ROUNDING = 1e-12
 another_file: Any = types.ModuleType("another_file")
 EMULATED = "cpu@speed=1,cpu@speed=1,cpu@speed=1"
-
-
-class Nap(torch.autograd.Function):
-    """The same tensor, some milliseconds later."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        time.sleep(os.urandom(1)[0] / 255 * 3e-3)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        time.sleep(os.urandom(1)[0] / 255 * 3e-3)
-        return gradient
 
 
 class Again(nn.Module):
@@ -46,7 +31,7 @@ class Again(nn.Module):
         self.linear, self.p = nn.Linear(8, 8), p
 
     def body(self, x: Tensor) -> Tensor:
-        x = Nap.apply(self.linear(Nap.apply(x)))  # type: ignore[no-untyped-call]
+        x = late(self.linear(late(x)))
         if self.p:
             x = F.dropout(F.dropout(x, self.p), self.p)
         return torch.tanh(x)
@@ -116,26 +101,12 @@ class Tap:
         self.seen.append(float(x.detach().pow(2).mean()))
 
 
-class Mean(nn.Module):
-    """Keeps a running mean."""
-
-    mean: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
-        return x
-
-
 @pytest.mark.parametrize("kind", ["function", "method", "append", "norm", "buffer"])
 def test_what_a_region_is_given_has_no_trace_of_trials(pair: MakePair, kind: str) -> None:
     both = pair(Asks().double())
     taps, appended = [Tap(), Tap()], ([], [])  # type: ignore[var-annotated]
     norms = [nn.BatchNorm1d(8).double() for _ in range(2)]
-    means = [Mean().double() for _ in range(2)]
+    means = [RunningMean().double() for _ in range(2)]
     makes: dict[str, Callable[[int], Any]] = {
         "function": lambda index: lambda x: taps[index].seen.append(float(x.detach().pow(2).mean())),
         "method": lambda index: taps[index].see,

@@ -5,9 +5,7 @@ Layers and steps take naps of random lengths, so that what depends on timing is 
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -20,33 +18,12 @@ from torchmetrics import CatMetric, SumMetric
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.testing.lightning_module import data, difference
+from lightning_hetero.testing.naps import RunningMean, late, nap
 
 STEPS = {"strategy": {"micro_batches": 4, "micro_batching": "step"}}
 DEVICES = "cpu@speed=1,cpu@speed=1,cpu@speed=1"
 FOR_ALL: dict[str, Any] = {"condition": None}
 OF_THREAD = threading.local()
-
-
-class Nap(torch.autograd.Function):
-    """The same tensor, some milliseconds later."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        nap()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        nap()
-        return gradient
-
-
-def nap() -> None:
-    time.sleep(os.urandom(1)[0] / 255 * 3e-3)  # no random numbers of the run
-
-
-def late(x: Tensor) -> Tensor:
-    return Nap.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Late(nn.Linear):
@@ -229,24 +206,9 @@ class Sliced(Base):
         return F.cross_entropy(self.net(x), y) + self.net[:2](2 * x).pow(2).mean()
 
 
-class Normaliser(nn.Module):
-    """Keeps statistics in evaluation, too."""
-
-    mean: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
-        nap()
-        return x - self.mean
-
-
 class StateInEvaluation(Base):
     def build(self) -> None:
-        self.a, self.norm, self.head = Late(8, 8), Normaliser(), Late(8, 4)
+        self.a, self.norm, self.head = Late(8, 8), RunningMean(), Late(8, 4)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         self.norm.eval()

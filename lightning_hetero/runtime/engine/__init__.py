@@ -40,10 +40,12 @@ The pieces, from the bottom up::
     call            what calls of regions and whole steps have in common
     region_task     what is to be done in one call of a region
     region          one pipelined call of a region, forward and backward
+    order           under which keys micro-batches have an order
     turnstile       micro-batches one after the other, where their order matters
     gate            metrics, used by micro-batches in their order
     handed_on       methods of the whole batch that parts of a model were given
     notes           calls of such methods, noted for each micro-batch
+    calls           what a step calls in its rehearsal
     meanwhile       what a step changes for a while
     twin            a `self` for each micro-batch
     step            one training step in micro-batches

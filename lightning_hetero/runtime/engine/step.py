@@ -11,9 +11,9 @@ backward: it may clear gradients in between, scale the loss, or accumulate over 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.lanes import Lane
 from lightning_hetero.runtime.engine.leaves import OWN_CODE, gradients, walk
+from lightning_hetero.runtime.engine.order import NO_ORDER, Order
 from lightning_hetero.runtime.engine.silence import spare
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
@@ -59,9 +60,7 @@ class StepTask:
         leaves: The parameters that may get gradients.
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the step's own code, outside of units, draws random numbers.
-        once: Keys that each micro-batch passes once: `id` of metrics, and those of units that keep state.
-        keys: Of units that keep state, by number; units that share it have one key.
-        shared: `id` of the modules in them that do.
+        order: What has to be used in order.
     """
 
     run: Callable[[int], Any]
@@ -73,9 +72,7 @@ class StepTask:
     leaves: Sequence[nn.Parameter]
     seed: int | None = None
     own_code_draws: bool = False
-    once: Container[Hashable] = ()
-    keys: Mapping[int, Hashable] = field(default_factory=dict)
-    shared: Container[int] = ()
+    order: Order = NO_ORDER
 
 
 class StepCall(Call):
@@ -105,7 +102,7 @@ class StepCall(Call):
         self.outputs: list[Any] = [None] * len(task.rows)
         self._found: list[list[Tensor]] = [[] for _ in task.rows]
         check = _check_of(weakref.ref(self))
-        self._forward_turns = Turnstile(len(task.rows), check, task.once)
+        self._forward_turns = Turnstile(len(task.rows), check, task.order.once)
         # Code that runs again for the backward keeps an order of its own, as no lane waits there for a forward.
         self._backward_turns = Turnstile(len(task.rows), check)
         self._leaves: list[Tensor] = []
@@ -115,10 +112,10 @@ class StepCall(Call):
         """Within the block, lower lanes are done with the unit; None unless it keeps state (running means, say)."""
         if not unit.has_state:
             return None
-        key = self._task.keys.get(unit.number)
+        key = self._task.order.keys.get(unit.number)
         if key is None:
             key = unit.number  # it was not called in the first step
-            if any(id(module) in self._task.shared for module in unit.stateful):
+            if any(id(module) in self._task.order.shared for module in unit.stateful):
                 raise CannotCutError(f"it calls {unit.name}, which shares its buffers with another part")
         return self._turns_of(lane).passing(lane.index, key, unit.name)
 

@@ -9,27 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.graph.find import is_metric
 from lightning_hetero.runtime.engine.batch import Path, batch_rows, cut_rows, not_of_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
+from lightning_hetero.runtime.engine.calls import Calls
 from lightning_hetero.runtime.engine.gate import Gate, Seen, never
 from lightning_hetero.runtime.engine.in_turn import InTurn
 from lightning_hetero.runtime.engine.intercept import Region
 from lightning_hetero.runtime.engine.meanwhile import Meanwhile
 from lightning_hetero.runtime.engine.notes import Elsewhere, Noted, recorder
+from lightning_hetero.runtime.engine.order import NO_ORDER, Order, order_of
 from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.sources import OtherSources
-from lightning_hetero.runtime.engine.state import saves_otherwise
 from lightning_hetero.runtime.engine.step import StepCall, StepTask
-from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.twin import Contents, Direct, Uses, handed_on, shadow_of, twin_of
-from lightning_hetero.runtime.engine.watch import Watch, Watched
+from lightning_hetero.runtime.engine.watch import Watch
 from lightning_hetero.runtime.frames import HERE
-from lightning_hetero.runtime.transfer import version_of
 from lightning_hetero.schedule import Op, Schedule, bounds
 from lightning_hetero.schedule.rows import split_rows
 
@@ -73,16 +71,7 @@ class _Mode:
     reason: str | None
     draws: bool = False
     own_code_draws: bool = False
-    order: _Order = field(default_factory=lambda: _Order())
-
-
-@dataclass(slots=True)
-class _Order:
-    """What has to be used in order; see `StepTask`."""
-
-    once: frozenset[Hashable] = frozenset()
-    keys: Mapping[int, Hashable] = field(default_factory=dict)
-    shared: frozenset[int] = frozenset()
+    order: Order = NO_ORDER
 
 
 @dataclass(slots=True)
@@ -261,7 +250,7 @@ class Stepper:
         watch = Watch(self._engine.generators, InTurn(self._engine.generators, _seed()))
         snapshot = Snapshot(self._module)
         meanwhile = Meanwhile(snapshot.modules, self._gated, snapshot.inside(self._gated), snapshot.names)
-        calls = _Calls(watch, meanwhile, self._engine.generators)
+        calls = Calls(watch, meanwhile, self._engine.generators)
         watch.at_border = meanwhile.at_border
         for gate in self._gates:
             gate.used.clear()
@@ -306,9 +295,9 @@ class Stepper:
             unit.draws = True
         if reason is not None:
             self._engine.note(f"{_ONE_BY_ONE} {reason}", "The results are the same as in lanes.")
-        return call, _Mode(reason, watch.any, watch.own_code, _order(passed, watch.stateful))
+        return call, _Mode(reason, watch.any, watch.own_code, order_of(passed, watch.stateful))
 
-    def _reason(self, step: _Step, watch: Watch, calls: _Calls, others: OtherSources) -> str | None:
+    def _reason(self, step: _Step, watch: Watch, calls: Calls, others: OtherSources) -> str | None:
         """Why micro-batches must not be under way at the same time, in words that follow "because"."""
         uses, drawn = list(step.uses.values()), others.drawn()
         name = handed_on(uses)
@@ -340,9 +329,8 @@ class Stepper:
         run: Callable[[int, _Step], Any],
         seed: int | None = None,
         own_code_draws: bool = False,
-        order: _Order | None = None,
+        order: Order = NO_ORDER,
     ) -> StepCall:
-        order = order or _Order()
         task = StepTask(
             run=lambda index: run(index, step),
             rows=step.rows,
@@ -353,9 +341,7 @@ class Stepper:
             leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],
             seed=seed,
             own_code_draws=own_code_draws,
-            once=order.once,
-            keys=order.keys,
-            shared=order.shared,
+            order=order,
         )
         return StepCall(self._engine, self._engine.next_call(), task)
 
@@ -446,98 +432,5 @@ def _past_twins(name: str, *, is_later: bool = True) -> str:
     )
 
 
-def _order(passed: Sequence[Sequence[Hashable]], stateful: Mapping[int, set[int]]) -> _Order:
-    """What was used in order by each micro-batch, where units that have a module in common count as one.
-
-    Args:
-        passed: Keys of metrics and numbers of units, one for each call, for each micro-batch.
-        stateful: `id` of modules that keep state, for each of these units.
-    """
-    group: dict[int, int] = {}  # of modules
-    for modules in stateful.values():
-        known = {group.get(module, module) for module in modules}
-        new = min(known)
-        group = {module: new if old in known else old for module, old in group.items()}
-        group.update(dict.fromkeys(modules, new))
-    keys: dict[Any, Hashable] = {number: ("of units", group[min(modules)]) for number, modules in stateful.items()}
-    each = [[keys.get(key, key) for key in called] for called in passed]
-    once = frozenset(key for key in set().union(*each) if all(called.count(key) == 1 for called in each))
-    return _Order(once, keys, frozenset(group))
-
-
 def _seed() -> int:
     return int(torch.randint(1 << 62, (), device="cpu"))
-
-
-_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-class _Calls(TorchFunctionMode):
-    """Looks at what the user's step calls.
-
-    Args:
-        watch: Knows whether a unit is at work.
-        meanwhile: Looks at modules after every operation of the step's own code.
-        generators: The default generators of all devices of the plan.
-
-    Attributes:
-        read: `id` of tensors that the step's own code has read.
-        reason: What it does that lanes could not, in words that follow "because"; None if nothing was seen.
-        checkpoints: Whether some of it may run again for the backward.
-    """
-
-    def __init__(self, watch: Watch, meanwhile: Meanwhile, generators: Generators) -> None:
-        super().__init__()
-        self._watch = watch
-        self._meanwhile = meanwhile
-        self._data: list[tuple[Tensor, int]] = []
-        self._generators = generators
-        self._drew: list[Watched] = []
-        self._drew_itself = False
-        self.read: set[int] = set()
-        self.reason: str | None = None
-        self.checkpoints = False
-
-    @property
-    def writes_to_data(self) -> bool:
-        """Whether `parameter.data` was written to, of which the parameter itself knows nothing."""
-        return any(version_of(data) != version for data, version in self._data)
-
-    @property
-    def sets_numbers_back(self) -> str | None:
-        """What draws random numbers, and leaves the generator as if it had not; None if nothing does."""
-        if self._drew_itself and not self._watch.own_code:
-            return "its code"
-        return next((unit.name for unit in self._drew if unit not in self._watch.units), None)
-
-    def _note_draw(self) -> None:
-        unit = self._watch.current
-        if unit is None:
-            self._drew_itself = True
-        elif unit not in self._drew:
-            self._drew.append(unit)
-
-    def log_is_called(self, name: str) -> None:
-        """Somebody who does not know its micro-batch calls a method of the model."""
-        if self._watch.in_unit:
-            self.reason = f"a part of the model calls self.{name}, which was handed on to it"
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # it would trace what follows, and a compiled unit does none of that
-            return func(*args, **(kwargs or {}))
-        if func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
-            self.reason = "it computes gradients itself"
-        elif self._watch.in_unit:
-            self._watch.note_saving()
-        else:
-            self.checkpoints |= saves_otherwise()
-            self.read.update(id(arg) for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Tensor))
-        states = self._generators.states()
-        result = func(*args, **(kwargs or {}))
-        if self._generators.drawn_since(states):
-            self._note_draw()
-        if func == _DATA and isinstance(args[0], nn.Parameter):
-            self._data.append((result, version_of(result)))
-        if not self._watch.in_unit:
-            self._meanwhile.look()
-        return result

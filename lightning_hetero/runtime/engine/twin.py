@@ -48,7 +48,7 @@ class Direct:
     """What is done with the attributes of a module itself, while micro-batches have twins.
 
     Attributes:
-        read: Names that were read.
+        read: Names that were read before they were written in this way.
         written: Names that were set or deleted.
     """
 
@@ -59,33 +59,40 @@ class Direct:
     @contextmanager
     def noting(self, module: nn.Module) -> Iterator[None]:
         """Within the block, note it: the class of the module is replaced by a subclass."""
-        read, written = self.read, self.written
-        base: Any = type(module)
-
-        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
-            read.add(name)
-            return base.__getattribute__(self, name)
-
-        def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
-            written.add(name)
-            base.__setattr__(self, name, value)
-
-        def __delattr__(self: Any, name: str) -> None:  # noqa: N807
-            written.add(name)
-            base.__delattr__(self, name)
-
-        methods = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__delattr__": __delattr__}
-        module.__class__ = _like(base, methods)
+        base = type(module)
+        _note(module, self.read, self.written)
         try:
             yield
         finally:
             object.__setattr__(module, "__class__", base)  # past what notes it
 
 
-def _like(base: Any, methods: Mapping[str, Any]) -> Any:
-    """A subclass that passes for the class."""
-    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**methods, **named})
+def _note(module: nn.Module, read: set[str], written: set[str]) -> None:
+    """Note what is read of a module before it is written, and what is written: its class is replaced by a subclass."""
+    base: Any = type(module)
+
+    def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
+        if name not in written:
+            read.add(name)
+        return base.__getattribute__(self, name)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
+        written.add(name)
+        base.__setattr__(self, name, value)
+
+    def __delattr__(self: Any, name: str) -> None:  # noqa: N807
+        written.add(name)
+        base.__delattr__(self, name)
+
+    namespace = {
+        "__getattribute__": __getattribute__,
+        "__setattr__": __setattr__,
+        "__delattr__": __delattr__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    module.__class__ = type(base.__name__, (base,), namespace)
 
 
 class Uses:
@@ -105,24 +112,7 @@ class Uses:
         self._twin = twin
         self._buffers = dict(twin._buffers)
         self._attributes = dict(twin.__dict__)
-        read, written = self.read, self.written
-        base: Any = type(twin)
-
-        def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
-            if name not in written:
-                read.add(name)
-            return base.__getattribute__(self, name)
-
-        def __setattr__(self: Any, name: str, value: Any) -> None:  # noqa: N807
-            written.add(name)
-            base.__setattr__(self, name, value)
-
-        def __delattr__(self: Any, name: str) -> None:  # noqa: N807
-            written.add(name)
-            base.__delattr__(self, name)
-
-        methods = {"__getattribute__": __getattribute__, "__setattr__": __setattr__, "__delattr__": __delattr__}
-        twin.__class__ = _like(base, methods)
+        _note(twin, self.read, self.written)
         self._on_class = set(vars(type(twin)))
 
     @property
