@@ -28,6 +28,7 @@ _SPLITTABLE = (
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # They have no `forward`: the module above reads their parameters as its own.
 _PARAMETER_LISTS = (nn.ParameterList, nn.ParameterDict)
+_METRICS = {"torchmetrics.metric.Metric", "torchmetrics.collections.MetricCollection"}
 _ARE_METRICS: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # classes, as far as somebody has asked
 
 
@@ -122,11 +123,11 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 
 def is_metric(module: nn.Module) -> bool:
-    """Whether the module is a torchmetrics metric (recognised without importing torchmetrics)."""
+    """Whether the module is a metric of torchmetrics, or a collection of some (recognised without importing it)."""
     kind = type(module)
     known = _ARE_METRICS.get(kind)
     if known is None:
-        known = any(f"{cls.__module__}.{cls.__qualname__}" == "torchmetrics.metric.Metric" for cls in kind.__mro__)
+        known = any(f"{cls.__module__}.{cls.__qualname__}" in _METRICS for cls in kind.__mro__)
         _ARE_METRICS[kind] = known
     return known
 

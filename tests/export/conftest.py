@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from lightning_hetero.export import HeteroRuntime, Manifest, export
 
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("CI", "true")  # OpenVINO reports its import to its makers, with a thread that stays, but not in a CI
-    import openvino  # noqa: F401
+    with suppress(ImportError):  # the tests that need it fail without it, and no others
+        import openvino  # noqa: F401
 
 
 @pytest.fixture

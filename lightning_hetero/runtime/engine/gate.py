@@ -17,6 +17,7 @@ from lightning_hetero.runtime.standin import InPlace
 _CALL = "_compiled_call_impl"  # where torch looks before it calls a module
 _IN_ORDER = "update"
 _ALONE = ("compute", "reset")  # what they mean depends on all updates before
+_SHARES = "_compute_groups_create_state_ref"  # by it a collection of metrics hands states from one to the others
 
 Seen = Callable[[nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
 
@@ -28,28 +29,30 @@ class Gate(InPlace):
         module: The module; its calls, and those of its method `update` if it has one, pass the gate. Its methods
             `compute` and `reset` are noted, and no lane gets through.
         seen: Told of each call of the module, in order: the module, the arguments by position and by name, the output.
+        beside: The gate of a module that has its turn together with this one.
 
     Attributes:
+        key: What micro-batches pass when they get through.
         used: What user code has called since this was emptied: "forward", "update", "compute", "reset".
         calls: How often it has, since this was set to 0.
         in_unit: Says whether a unit runs, while somebody looks at what the step does.
         used_in_unit: Whether code of a unit has called it meanwhile.
     """
 
-    def __init__(self, module: nn.Module, seen: Seen | None = None) -> None:
+    def __init__(self, module: nn.Module, seen: Seen | None = None, beside: Gate | None = None) -> None:
         self._module = module
         self._seen = seen
-        self._doors = [_Door(self, module, name) for name in (_IN_ORDER, *_ALONE) if hasattr(module, name)]
-        self._inside: set[int] = set()
+        self._doors = [_Door(self, module, name) for name in (_IN_ORDER, *_ALONE, _SHARES) if hasattr(module, name)]
+        self._inside: set[int] = set() if beside is None else beside._inside
+        self.key: int = id(module) if beside is None else beside.key
         self.used: set[str] = set()
         self.calls = 0
         self.in_unit: Callable[[], bool] = never
         self.used_in_unit = False
 
-    @property
-    def key(self) -> int:
-        """What micro-batches pass when they get through."""
-        return id(self._module)
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it is the gate of this module."""
+        return self._module is module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call, when it is this micro-batch's turn."""
@@ -93,10 +96,11 @@ class Gate(InPlace):
             CannotCutError: Lanes cannot do that.
         """
         me, lane = threading.get_ident(), calling_lane()
-        if me in self._inside:
+        if me in self._inside or (name == _SHARES and not self._shares_states):
             yield
             return
-        self.used.add(name)
+        if name != _SHARES:
+            self.used.add(name)
         self.calls += 1
         self.used_in_unit |= self.in_unit()
         if lane is not None and name in _ALONE:
@@ -110,6 +114,11 @@ class Gate(InPlace):
                     yield
         finally:
             self._inside.discard(me)
+
+    @property
+    def _shares_states(self) -> bool:
+        """Whether the module is a collection in which some metrics have the state of another one."""
+        return any(len(group) > 1 for group in getattr(self._module, "compute_groups", {}).values())
 
     def __reduce__(self) -> Any:
         return _nothing, ()

@@ -70,7 +70,7 @@ class Keys:
         self._calls += 1
         found = self._settings.look(parts, given.values)
         modules = found.modules
-        self.hidden = modules[len(parts) :]
+        self.hidden = found.hidden
         trained = [id(each) for part in self.hidden for each in part._parameters.values() if _is_trained(each)]
         now = (
             [(id(part), *map(len, _HOOKS(part))) for part in modules],

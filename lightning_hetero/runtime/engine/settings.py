@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from enum import Enum
 from operator import is_
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_hetero.graph.find import is_metric
 from lightning_hetero.runtime.engine.contents import is_open, is_users, members
 from lightning_hetero.runtime.engine.names import Reading, read_in_forward
 from lightning_hetero.runtime.standin import InPlace
@@ -27,6 +28,7 @@ _MOST_BYTES = 1 << 12  # of an array of NumPy that is compared
 _DEEPEST = 6
 _NAMES_ANY = frozenset({"__dict__", "__getattribute__", "getattr", "vars"})
 _LEADS_AWAY = frozenset({"_metadata", "_parent"})  # of omegaconf: to what all settings are in
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module())) - {"training"}
 
 
@@ -37,6 +39,7 @@ class Found:
         paths: Where each value was found: the module's index or a name, and the way from there, as nested pairs.
         values: The values.
         modules: The modules that were looked at, and those that hide in their attributes.
+        hidden: These alone.
         functions: Functions in attributes.
         kinds: Classes of objects in attributes.
     """
@@ -45,6 +48,7 @@ class Found:
         self.paths: list[Hashable] = []
         self.values: list[Hashable] = []
         self.modules = list(modules)
+        self._given = len(self.modules)
         self.functions: list[FunctionType] = []
         self.kinds: list[type] = []
         self._names = names
@@ -52,6 +56,11 @@ class Found:
         self._seen: set[int] = set()
         self._left = _MOST_VALUES
         self._known: set[int] | None = None
+
+    @property
+    def hidden(self) -> Sequence[nn.Module]:
+        """See the class."""
+        return self.modules[self._given :]
 
     def look_at_modules(self) -> None:
         """The attributes of all modules, those of modules that are found on the way too."""
@@ -171,6 +180,7 @@ class Settings:
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
+        self._metrics: list[_Metric] = []
         self._code: set[Any] = set()
         self._reading = Reading(frozenset(), frozenset(), ())
 
@@ -183,12 +193,14 @@ class Settings:
         """
         if len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
             self._modules, self._code = list(modules), set()
-            self._read(Found(modules, frozenset()))
-        found = self._find(modules, arguments)
+            self._metrics = list(_metrics_in(modules))
+            self._reading = Reading(frozenset(), frozenset(), ())
+            self._read(Found(self._of_interest(), frozenset()))
+        found = self._find(arguments)
         for _ in range(_DEEPEST):  # what is found may name more
             if not self._read(found):
                 break
-            found = self._find(modules, arguments)
+            found = self._find(arguments)
         return found
 
     def name_read(self, path: Hashable, value: Any) -> str | None:
@@ -203,8 +215,16 @@ class Settings:
         names = self._reading.compared if isinstance(value, float) else self._reading.names
         return name if name in names else None
 
-    def _find(self, modules: Sequence[nn.Module], arguments: Sequence[Any]) -> Found:
-        found = Found(modules, self._reading.names)
+    def _of_interest(self) -> Sequence[nn.Module]:
+        """All modules but metrics that the code does not name: those count what others do with them."""
+        names = self._reading.names
+        if not self._metrics or not _NAMES_ANY.isdisjoint(names):
+            return self._modules
+        unused = {id(each) for metric in self._metrics if metric.names.isdisjoint(names) for each in metric.modules}
+        return [module for module in self._modules if id(module) not in unused]
+
+    def _find(self, arguments: Sequence[Any]) -> Found:
+        found = Found(self._of_interest(), self._reading.names)
         for index, value in enumerate(arguments):
             if not isinstance(value, FLAGS):
                 found.look(("given", index), value, _DEEPEST)
@@ -222,6 +242,29 @@ class Settings:
         self._code |= code
         self._reading = read_in_forward(kinds, found.functions, found.kinds)
         return True
+
+
+class _Metric(NamedTuple):
+    """A metric, or a collection of some, and by which names code gets at it."""
+
+    names: frozenset[str]
+    modules: Sequence[nn.Module]
+
+
+def _metrics_in(modules: Sequence[nn.Module]) -> Iterator[_Metric]:
+    named = dict(modules[0].named_modules(remove_duplicate=False))
+    names: dict[int, set[str]] = {}
+    for path, module in named.items():
+        if is_metric(module):
+            known = names.setdefault(id(module), set())
+            above, _, name = path.rpartition(".")
+            known.add(name)
+            while above and isinstance(named[above], _CONTAINERS):  # the name is enough to get at what is in it
+                above, _, name = above.rpartition(".")
+                known.add(name)
+    for module in modules:
+        if id(module) in names:
+            yield _Metric(frozenset(names[id(module)]), list(module.modules()))
 
 
 def _are_flags(values: Iterable[Any]) -> bool:

@@ -121,25 +121,31 @@ class Stepper:
         self._elsewhere = Elsewhere(module, recorded)
         self._seen = seen
         self._gates: list[Gate] = []
-        self._gated: set[int] = set()
+        self._gated: set[int] = set()  # `id` of modules behind them
         self._modes: dict[Any, _Mode] = {}
         self._whole: set[Path] = set()  # where in batches nothing is cut, as some batch had other rows there
         self._tables: dict[int, Mapping[tuple[int, Op, int], int]] = {}
         for each in gated:
-            self._add_gate(each)
+            self._add_gates(each)
 
-    def _add_gate(self, module: nn.Module) -> None:
-        gate = Gate(module, self._seen)
-        gate.install()
-        self._gates.append(gate)
-        self._gated.update(map(id, module.modules()))
+    def _add_gates(self, metric: nn.Module) -> None:
+        """Those of a metric; or of a collection and all in it, which have their turn together: they share states."""
+        together = [metric, *filter(is_metric, metric.children())] if isinstance(metric, nn.ModuleDict) else [metric]
+        beside = next((gate for gate in self._gates if any(gate.is_of(each) for each in together)), None)
+        for each in together:
+            if id(each) not in self._gated:
+                gate = Gate(each, self._seen, beside)
+                gate.install()
+                self._gates.append(gate)
+                beside = beside or gate
+        self._gated.update(map(id, metric.modules()))
 
     def _look_for_metrics(self) -> None:
         """Give gates to metrics that the module has got meanwhile."""
         new = [each for each in self._module.modules() if id(each) not in self._gated and is_metric(each)]
         for metric in new:
             if id(metric) not in self._gated:
-                self._add_gate(metric)
+                self._add_gates(metric)
                 self._modes.clear()  # the next step is rehearsed again
 
     def close(self) -> None:

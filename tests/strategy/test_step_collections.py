@@ -1,0 +1,272 @@
+"""Collections of metrics in whole steps: they hand states from one metric to the next, and micro-batches flow."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
+
+from lightning_hetero.testing.lightning_module import Classifier, data
+from lightning_hetero.testing.naps import nap
+
+STEPS = {"strategy": {"micro_batches": 4, "micro_batching": "step"}}
+EMULATED = "cpu@speed=1,cpu@speed=1,cpu@speed=1"
+
+
+class Trend(Metric):
+    """A mean in which what is older counts less, so that it tells orders apart. It takes its time."""
+
+    full_state_update = True
+    value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("value", torch.zeros((), dtype=torch.float64), dist_reduce_fx="mean")
+
+    def update(self, x: Tensor) -> None:
+        before = self.value
+        nap()
+        self.value = 0.9 * before + x.double().mean()
+        nap()
+
+    def compute(self) -> Tensor:
+        nap()
+        return self.value
+
+
+class Square(Trend):
+    """Has the same state, and is sometimes late when it is given that of another one."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "value" and os.urandom(1)[0] % 3 == 0:
+            time.sleep(0.01)  # longer than an update
+        super().__setattr__(name, value)
+
+    def compute(self) -> Tensor:
+        return self.value**2
+
+
+class Collects(Classifier):
+    """Uses a collection in the way that `use` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = MetricCollection({"a_trend": Trend(), "square": Square(), "mean": MeanMetric()})
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.use(x)
+        return loss
+
+    def use(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Updates(Collects):
+    def use(self, x: Tensor) -> None:
+        self.metrics.update(x)
+
+
+class Calls(Collects):
+    def use(self, x: Tensor) -> None:
+        self.metrics(x)
+
+
+class UpdatesAndLogs(Collects):
+    def use(self, x: Tensor) -> None:
+        self.metrics.update(x)
+        self.log_dict(self.metrics, on_step=False, on_epoch=True)
+
+
+class CallsAndLogs(Collects):
+    def use(self, x: Tensor) -> None:
+        self.metrics(x)
+        self.log_dict(self.metrics, on_step=False, on_epoch=True)
+
+
+class TakesOut(Collects):
+    """Asks for metrics by their names, which gets them copies of the state that they share."""
+
+    def use(self, x: Tensor) -> None:
+        self.metrics.update(x)
+        nap()
+        for name in ("a_trend", "square"):
+            self.log(name, self.metrics[name], on_step=False, on_epoch=True)
+
+
+class OneByOne(Collects):
+    """Updates some of them by their names."""
+
+    def use(self, x: Tensor) -> None:
+        self.metrics["a_trend"].update(x)
+        self.metrics["mean"].update(x.mean(), weight=len(x))
+        self.metrics["square"].update(x[:1])
+
+
+class InALoop(Collects):
+    def use(self, x: Tensor) -> None:
+        for name, metric in self.metrics.items():
+            metric(x)
+            self.log(name, metric, on_step=False, on_epoch=True)
+
+
+class Outside(Collects):
+    """Has one of the metrics as an attribute, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trend = self.metrics["a_trend"]
+
+    def use(self, x: Tensor) -> None:
+        self.trend.update(x[:2])
+        self.metrics.update(x)
+
+
+class Twice(Collects):
+    """A metric in two collections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = MetricCollection({"square": self.metrics["square"], "trend": Trend()}, prefix="other/")
+
+    def use(self, x: Tensor) -> None:
+        self.metrics(x)
+        self.others.update(x[1:])
+
+
+def kept(kind: Callable[[], Collects], trainer: Any, batch_size: int) -> dict[str, float]:
+    """States, and what is logged, by the end of the last of two epochs."""
+    module, found = kind(), {}
+
+    def look() -> None:
+        for name, metric in module.metrics.items(keep_base=True, copy_state=False):
+            found[f"{name}.state"] = float(next(iter(metric.metric_state.values())))
+            found[f"{name}.updates"] = float(metric.update_count)
+
+    module.on_train_epoch_end = look  # type: ignore[method-assign]
+    trainer.fit(module, data(rows=48, batch_size=batch_size))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss"}
+    return {**found, **{name: value for name, value in logged.items() if name in ("a_trend", "square", "mean")}}
+
+
+WAYS = [Updates, Calls, UpdatesAndLogs, CallsAndLogs, TakesOut, OneByOne, InALoop, Outside, Twice]
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_states_are_those_of_accumulation_and_micro_batches_flow(
+    kind: type[Collects], plain: Any, hetero: Any, caplog: Any
+) -> None:
+    theirs = kept(kind, plain(accumulate_grad_batches=4), 4)
+    for _ in range(3):  # an order that depends on timing is another one each time
+        ours = kept(kind, hetero(devices=EMULATED, placement="round_robin", **STEPS), 16)
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert "one after the other" not in caplog.text
+
+
+def test_a_collection_that_is_computed_in_the_step_runs_one_by_one(plain: Any, hetero: Any, caplog: Any) -> None:
+    class Computes(Collects):
+        def use(self, x: Tensor) -> None:
+            self.metrics.update(x)
+            self.log("so_far", self.metrics.compute()["a_trend"], on_step=True)
+
+    theirs = kept(Computes, plain(accumulate_grad_batches=4), 4)
+    assert kept(Computes, hetero(devices=EMULATED, **STEPS), 16) == pytest.approx(theirs, rel=1e-6)
+    assert "it calls compute of MetricCollection" in caplog.text
+
+
+class Classifies(Classifier):
+    """Metrics of classes, three of which share their counts, logged for the step and the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        metrics = [MulticlassAccuracy(4), MulticlassPrecision(4), MulticlassRecall(4, average="micro")]
+        self.train_metrics = MetricCollection(metrics, prefix="train/")
+        self.val_metrics = self.train_metrics.clone(prefix="val/")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        self.log_dict(self.train_metrics(logits, y), on_step=False, on_epoch=True)
+        return F.cross_entropy(logits, y)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.val_metrics.update(self(x), y)
+        self.log_dict(self.val_metrics)
+
+    def on_validation_end(self) -> None:
+        if self.trainer.strategy.strategy_name == "hetero":
+            engine = self.trainer.strategy._placed.engine
+            self.trials = sum(region.trials for region in engine.interceptions.regions)
+            self.calls_cut = engine.cut_calls
+
+
+class Unmeasured(Classifies):
+    """Has the metrics, and does not use them."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0])
+
+
+@pytest.mark.parametrize("micro_batching", ["forward", "step"])
+def test_validation_is_cut_however_often_metrics_have_been_updated(
+    plain: Any, hetero: Any, caplog: Any, micro_batching: str
+) -> None:
+    """Their counters of updates are no settings by which the model decides."""
+    batches = data(rows=96, batch_size=4)
+    options = {"micro_batches": 2, "micro_batching": micro_batching}
+
+    def fit(module: Classifies) -> Any:
+        trainer = hetero(devices=EMULATED, strategy=options, num_sanity_val_steps=0)
+        trainer.fit(module, batches, batches)
+        return trainer
+
+    module, unmeasured = Classifies(), Unmeasured()
+    ours, theirs = fit(module), plain()
+    fit(unmeasured)
+    theirs.fit(Classifies(), batches, batches)
+    for name in ("val/MulticlassAccuracy", "val/MulticlassPrecision", "val/MulticlassRecall"):
+        assert float(ours.callback_metrics[name]) == pytest.approx(float(theirs.callback_metrics[name]), abs=1e-6)
+    assert "keeps changing" not in caplog.text
+    assert "one after the other" not in caplog.text
+    assert module.calls_cut == 2 * 2 * 24  # batches of training and of validation in two epochs
+    assert module.trials <= unmeasured.trials + 1  # one when Lightning notes that the module has metrics
+
+
+def test_a_forward_that_decides_by_a_metric_is_asked_each_time(plain: Any, hetero: Any) -> None:
+    """It normalises by the batch once a metric has had more than three updates."""
+
+    class Decides(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = MetricCollection({"mean": MeanMetric()})
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.seen["mean"]._update_count > 3:
+                x = x - x.mean(0)
+            return super().forward(x)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.seen["mean"].update(loss.detach())
+            return loss
+
+    def losses(trainer: Any) -> list[float]:
+        module, found = Decides(), []
+        module.on_train_batch_end = lambda outputs, *_: found.append(float(outputs["loss"]))  # type: ignore
+        trainer.fit(module, data(rows=64, batch_size=8))
+        return found
+
+    assert losses(hetero(strategy={"micro_batches": 2})) == pytest.approx(losses(plain()), abs=1e-6)
