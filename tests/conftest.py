@@ -52,12 +52,14 @@ ENVIRONMENT_OF_IMPORTS = {
     "USE_LIBUV": "import lightning.fabric, on Windows",
 }
 # Import hooks that packages install for themselves when they are imported, by their module.
-FOREIGN_IMPORT_HOOKS = ("six", "_distutils_hack", "setuptools", "tensorboard")
-# Helper processes of the standard library and torch, which live as long as the interpreter.
+FOREIGN_IMPORT_HOOKS = ("six", "_distutils_hack", "setuptools", "tensorboard", "mpi4py")
+# Helper processes of the standard library, torch and Open MPI, which live as long as the interpreter. (Lightning asks
+# MPI, where it is installed, how many processes there are.)
 LASTING_CHILDREN = (
     "multiprocessing.resource_tracker",
     "multiprocessing.forkserver",
     "torch._inductor.compile_worker",
+    "orted --hnp",
     "forks.py",
 )
 # The classes that everybody patches, as torch made them, and marks that Python and torch themselves put on them.

@@ -16,6 +16,7 @@ The pieces, from the bottom up::
     cut             a call of a placed module from a lane: task, cut of the graph, task of the backward
     batch           inputs cut into rows, outputs joined
     silence         hooks on parameters, silent while parts of gradients are computed
+    unreached       code before inputs that a loss does not see, left out of its backward
     contents        what is inside of attributes: found, kept, compared, put back
     names           attributes of classes and globals that modules may change
     snapshot        what a trial run may have changed, put back

@@ -45,6 +45,7 @@ from lightning_hetero.runtime.engine.state import (
 )
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree, with_attributes
+from lightning_hetero.runtime.engine.unreached import leave_out
 from lightning_hetero.runtime.engine.worker import Cancelled, Task, Worker
 from lightning_hetero.runtime.frames import HERE, Frame
 from lightning_hetero.runtime.transfer import map_tensors, to_device, version_of
@@ -290,7 +291,9 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
-        return (None, None, *ctx.call.wait())
+        found = ctx.call.wait()
+        leave_out(ctx.next_functions[1:], found)
+        return (None, None, *found)
 
 
 class Exit(torch.autograd.Function):
@@ -321,7 +324,9 @@ class Both(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
         call: UnitCall = ctx.call
         call.submit_backward(gradients)
-        return (None, None, *call.wait())
+        found = call.wait()
+        leave_out(ctx.next_functions[1:], found)
+        return (None, None, *found)
 
 
 # `Function.apply` itself would look for torch.func first: a third of its time, for what `call_unit` has ruled out.

@@ -39,6 +39,7 @@ from lightning_hetero.runtime.engine.silence import spare
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.tree import Tree, with_attributes
+from lightning_hetero.runtime.engine.unreached import leave_out
 from lightning_hetero.runtime.engine.views import View, views_of
 from lightning_hetero.runtime.transfer import map_tensors, once, to_device, versions_of
 
@@ -446,7 +447,9 @@ class RegionEnter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
-        return (None, None, *ctx.call.finish_backward())
+        found = ctx.call.finish_backward()
+        leave_out(ctx.next_functions[1:], found)
+        return (None, None, *found)
 
 
 class RegionExit(torch.autograd.Function):
