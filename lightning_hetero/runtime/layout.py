@@ -89,8 +89,10 @@ def lay_out(
             elsewhere.append(module)
             return
         places = set(_places(module, units))
-        is_run = id(module) in units or _is_called(module)
-        if module is not root and len(places) == 1 and is_run and not any(map(_is_apart, module.modules())):
+        is_unit = id(module) in units  # which may have metrics of its own: they come with it
+        is_apart = is_placed_elsewhere if is_unit else _is_apart
+        is_run = is_unit or _is_called(module)
+        if module is not root and len(places) == 1 and is_run and not any(map(is_apart, module.modules())):
             visited.update(map(id, module.modules()))
             device, shares = places.pop()
             blocks.append(Block(name, module, device, shares))

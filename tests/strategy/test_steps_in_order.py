@@ -14,6 +14,7 @@ from torchmetrics import MeanSquaredError
 
 from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.testing.lightning_module import difference
+from lightning_hetero.testing.own_backwards import Integrates, Reverses
 
 pl = pytest.importorskip("lightning.pytorch")
 EMULATED = "cpu@speed=1,cpu@speed=1,cpu@speed=1"
@@ -52,6 +53,37 @@ class Base(pl.LightningModule):  # type: ignore[misc,name-defined]
         names = {"self": self, "x": batch[0], "torch": torch, "batch_idx": batch_idx}
         exec(self.code, names)
         return names["loss"]  # type: ignore[return-value]
+
+
+class OwnBackward(Base):
+    """Has a part whose backward calls modules."""
+
+    kind: type[nn.Module] = Integrates
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), self.kind(), nn.Linear(8, 8)).double()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("kind", [Integrates, Reverses])
+@pytest.mark.parametrize("no_split", [(), ("1",)])
+def test_a_backward_that_calls_parts_of_the_model(
+    kind: type[nn.Module], schedule: str, no_split: tuple[str, ...], plain: Any, hetero: Any, caplog: Any
+) -> None:
+    class Own(OwnBackward):
+        pass
+
+    Own.kind = kind
+    alone, spread = Own(), Own()
+    initial = copy.deepcopy(alone.net[1])
+    plain(accumulate_grad_batches=4, max_epochs=2).fit(alone, data(4))
+    options = {**STEPS, "max_epochs": 2}
+    options["strategy"] = {**STEPS["strategy"], "schedule": schedule, "no_split": [f"net.{n}" for n in no_split]}
+    hetero(placement="round_robin", **options).fit(spread, data(16))
+    assert difference(alone, spread) < 1e-15
+    assert difference(initial, spread.net[1]) > 1e-3
+    assert "one after the other, because" in caplog.text
 
 
 def data(batch_size: int) -> Any:

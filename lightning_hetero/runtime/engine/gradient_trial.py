@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -45,10 +45,12 @@ class GradientTrial:
         precision: Dtypes that autocast computes in.
         constants: Other tensors that the module has: buffers, frozen parameters, tensors in attributes.
         records: Whether gradients are recorded in the call of user code.
+        in_backward: What backwards are to run in.
 
     Attributes:
         traced: Places of the outputs that have a graph in the call of user code, once `adds_up` was called.
         upstream: Places of those of which other outputs are made, likewise.
+        accumulates: Whether code of a backward adds to `grad` of parameters by itself.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class GradientTrial:
         constants: Iterable[Tensor] = (),
         *,
         records: bool = True,
+        in_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._run = run
         self._given = given
@@ -69,8 +72,10 @@ class GradientTrial:
         self._lent: frozenset[int] = frozenset()  # `id` of those that have a gradient now
         self._adds_leaves = False
         self._records = records
+        self._in_backward = in_backward
         self.traced: tuple[int, ...] = ()
         self.upstream: tuple[int, ...] = ()
+        self.accumulates = False
 
     def adds_up(self, tensors: Sequence[Tensor], cut: Cut, rows: int) -> bool:
         """Whether the gradients of the rows are the sums of those of the parts.
@@ -132,8 +137,10 @@ class GradientTrial:
             known = {id(leaf) for leaf in (*whole.inputs, *whole.added)}
             reached = [*whole.leaves, *(leaf for leaf in (*head.leaves, *tail.leaves) if id(leaf) in self._lent)]
             leaves = {id(leaf): leaf for leaf in (*self._parameters, *reached) if id(leaf) not in known}
-            parts = [run.gradients([*leaves.values()], first, rows) for run, first in ((head, 0), (tail, 1))]
-            expected = whole.gradients([*leaves.values()], 0, rows)
+            with self._in_backward():
+                parts = [run.gradients([*leaves.values()], first, rows) for run, first in ((head, 0), (tail, 1))]
+                expected = whole.gradients([*leaves.values()], 0, rows)
+            self.accumulates = self.accumulates or any(run.accumulates for run in (head, tail, whole))
         found = [
             torch.cat([a, b]) if place in cut.positions and a.dim() else a + b
             for place, (a, b) in enumerate(zip(*parts, strict=True))
@@ -194,6 +201,7 @@ class _Run:
         nodes: The inner nodes of their graph.
         added: Leaves that were added to what was looked up.
         of_added: Their gradients.
+        accumulates: Whether code of a backward has added to `grad` of leaves by itself.
     """
 
     def __init__(self, run: Run, tensors: Sequence[Tensor], adds_leaves: bool) -> None:
@@ -203,6 +211,7 @@ class _Run:
             outputs = Tree(run(self.inputs)).tensors
         self.added = adding.leaves
         self.of_added: list[Tensor] = []
+        self.accumulates = False
         self.outputs = [(place, output) for place, output in enumerate(outputs) if output.requires_grad]
         _, self.leaves, self.nodes = walk([output for _, output in self.outputs])
 
@@ -214,7 +223,7 @@ class _Run:
         outputs = [output for _, output in self.outputs]
         given = [_direction(output, place, start, rows) for place, output in self.outputs]
         found: dict[int, Tensor] = {}
-        with _without_hooks(leaves):
+        with _without_hooks(leaves), self._gradients_untouched(leaves):
             for number, group in enumerate(groups, 1):
                 with Steady():  # activation checkpointing runs the forward again
                     result = gradients(outputs, given, group, keep_graph=number < len(groups))
@@ -225,6 +234,19 @@ class _Run:
         self.of_added = [found.get(id(leaf), zeros[id(leaf)]) for leaf in self.added]
         nothing = torch.zeros((), device="cpu", dtype=torch.float64)
         return [found.get(id(leaf), zeros.get(id(leaf), nothing)) for leaf in (*self.inputs, *leaves)]
+
+    @contextmanager
+    def _gradients_untouched(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Within the block, leaves have no `grad`: code of a backward may add to them by itself."""
+        before = [leaf.grad for leaf in leaves]
+        try:
+            for leaf in leaves:
+                leaf.grad = None
+            yield
+            self.accumulates = self.accumulates or any(leaf.grad is not None for leaf in leaves)
+        finally:
+            for leaf, gradient in zip(leaves, before, strict=True):
+                leaf.grad = gradient
 
 
 class _AddedLeaves(TorchFunctionMode):

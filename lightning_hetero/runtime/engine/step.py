@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ class StepTask:
         seed: Where random numbers begin; None if none are drawn.
         own_code_draws: Whether the step's own code, outside of units, draws random numbers.
         order: What has to be used in order.
+        in_backward: What backwards are to run in.
     """
 
     run: Callable[[int], Any]
@@ -73,6 +74,7 @@ class StepTask:
     seed: int | None = None
     own_code_draws: bool = False
     order: Order = NO_ORDER
+    in_backward: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class StepCall(Call):
@@ -85,6 +87,7 @@ class StepCall(Call):
 
     Attributes:
         outputs: What the user's step returned for each micro-batch.
+        accumulates: Whether code of a backward added to `grad` of parameters by itself, as far as that was looked for.
     """
 
     is_step = True
@@ -106,6 +109,7 @@ class StepCall(Call):
         # Code that runs again for the backward keeps an order of its own, as no lane waits there for a forward.
         self._backward_turns = Turnstile(len(task.rows), check)
         self._leaves: list[Tensor] = []
+        self.accumulates = False
         self._forwards = Countdown(len(task.rows))
 
     def in_order(self, lane: Lane, unit: Unit) -> AbstractContextManager[None] | None:
@@ -180,7 +184,7 @@ class StepCall(Call):
         self._mute(self._task.leaves)
         try:
             for lane in self._lanes:
-                self._step(lane)
+                self._step(lane, alone=True)
         finally:
             self._unmute()
 
@@ -234,7 +238,7 @@ class StepCall(Call):
         while not self._forwards.wait(_LOOK_AGAIN_S):
             self.check()  # another lane has failed, and will not come
 
-    def _step(self, lane: Lane) -> None:
+    def _step(self, lane: Lane, *, alone: bool = False) -> None:
         index = lane.index
         if self.seed is not None and self._task.own_code_draws:
             lane.stream = Stream(self.generators.of[self.engine.root], derive(self.seed, index))
@@ -253,8 +257,14 @@ class StepCall(Call):
             share = self._task.rows[index] / sum(self._task.rows)
             seed = torch.full_like(loss.detach(), share * self._task.scale)
             lane.in_backward = True
+            stray: list[Tensor] = []
+            added: list[Tensor] = []
             try:
-                with torch.no_grad():
+                with (
+                    torch.no_grad(),
+                    self._task.in_backward(),
+                    self._accumulated(stray, added) if alone else nullcontext(),
+                ):
                     found = gradients([loss], [seed], [lane.anchor, *edges], keep_graph=False)
             except RuntimeError as error:
                 if "use_reentrant=True" in str(error):  # torch's words, about a call that the user did not make
@@ -262,11 +272,31 @@ class StepCall(Call):
                 raise
             finally:
                 lane.in_backward = False
-            self.sums.add(OWN_CODE, index, 0, leaves, found[1:])
-            self._found[index] = [*leaves, *(leaf for call in lane.units for leaf in call.leaves)]
+            self.accumulates = self.accumulates or bool(stray)
+            self.sums.add(OWN_CODE, index, 0, [*leaves, *stray], [*found[1:], *added])
+            self._found[index] = [*leaves, *stray, *(leaf for call in lane.units for leaf in call.leaves)]
             self.outputs[index] = detached(output)
         self.sums.end(index)
         lane.drop_graph()
+
+    @contextmanager
+    def _accumulated(self, leaves: list[Tensor], found: list[Tensor]) -> Iterator[None]:
+        """Within the block, what code of the backward adds to `grad` of parameters by itself ends up in these lists.
+
+        The host clears `grad` after the step, and before the gradients are handed out.
+        """
+        before = [leaf.grad for leaf in self._task.leaves]
+        try:
+            for leaf in self._task.leaves:
+                leaf.grad = None
+            yield
+            for leaf in self._task.leaves:
+                if leaf.grad is not None:
+                    leaves.append(leaf)
+                    found.append(leaf.grad)
+        finally:
+            for leaf, gradient in zip(self._task.leaves, before, strict=True):
+                leaf.grad = gradient
 
 
 def _check_of(call: weakref.ref[StepCall]) -> Callable[[], None]:

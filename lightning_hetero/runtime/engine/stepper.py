@@ -274,7 +274,7 @@ class Stepper:
                 gate.calls = 0
             return output
 
-        call = self._call(step, scale, run)
+        call = self._call(step, scale, run, in_backward=watch.backward)
         try:
             with self._engine.watching(watch), calls, self._elsewhere.asking(calls.log_is_called):
                 call.one_by_one()
@@ -286,6 +286,8 @@ class Stepper:
         if not watch.any:
             torch.set_rng_state(before)  # the seed was not needed, and no step to come draws one
         reason = self._reason(step, watch, calls, others)
+        if call.accumulates:
+            reason = reason or "code of its backward adds to gradients of parameters by itself"
         reason = reason or snapshot.change_below(ignored=self._gated, in_order=self._engine.in_units)
         reason = reason or next((gate.needs_all_before for gate in self._gates if gate.needs_all_before), None)
         reason = reason or meanwhile.change
@@ -326,6 +328,8 @@ class Stepper:
             return f"{watch.runs_again} keeps state, and its forward runs again under activation checkpointing"
         if calls.writes_to_data:
             return "the data of a parameter are changed"
+        if calls.reason is None and watch.called_in_backward is not None:
+            return f"code of its backward calls {watch.called_in_backward}"
         return calls.reason
 
     def _call(
@@ -336,6 +340,7 @@ class Stepper:
         seed: int | None = None,
         own_code_draws: bool = False,
         order: Order = NO_ORDER,
+        in_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> StepCall:
         task = StepTask(
             run=lambda index: run(index, step),
@@ -348,6 +353,7 @@ class Stepper:
             seed=seed,
             own_code_draws=own_code_draws,
             order=order,
+            in_backward=in_backward,
         )
         return StepCall(self._engine, self._engine.next_call(), task)
 

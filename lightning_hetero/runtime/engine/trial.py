@@ -351,7 +351,10 @@ class Trial:
 
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         constants = list(_without_statistics(snapshot))
-        trial = GradientTrial(run, given.tensors, parameters, precision, constants, records=self._records)
+        watch = self._watch
+        trial = GradientTrial(
+            run, given.tensors, parameters, precision, constants, records=self._records, in_backward=watch.backward
+        )
         try:
             adds_up = trial.adds_up(tensors, cut, cut.rows(tensors) or 0)
         except CannotCutError as refused:
@@ -362,6 +365,11 @@ class Trial:
             return None  # what records nothing need not be differentiable
         if not self._records:
             return None if adds_up else _COUPLED
+        if watch.called_in_backward is not None:
+            # In a lane, its graph would not show its parameters, for which the caller may differentiate.
+            return f"the backward of its code calls {watch.called_in_backward}"
+        if trial.accumulates:
+            return "code of its backward adds to gradients of parameters by itself"
         self._traced, self._upstream = trial.traced, trial.upstream
         if self._saves_otherwise and self._watch.own_code:
             return "its code draws random numbers under activation checkpointing"

@@ -74,6 +74,7 @@ class Watch:
         in_order: Numbers of units that keep state, one for each call.
         stateful: `id` of the modules in them that do, by number.
         runs_again: Name of one that was called under activation checkpointing from outside; None if none was.
+        called_in_backward: Name of one that code of a backward called, but for what checkpointing runs again; likewise.
     """
 
     def __init__(self, generators: Generators, numbers: InTurn | None = None) -> None:
@@ -94,7 +95,9 @@ class Watch:
         self.in_order: list[int] = []
         self.stateful: dict[int, set[int]] = {}
         self._in_backward = False
+        self._is_backward = False
         self.runs_again: str | None = None
+        self.called_in_backward: str | None = None
 
     def note_saving(self) -> None:
         """Within an operation: see whether the unit that runs makes part of its forward run again in the backward."""
@@ -109,6 +112,8 @@ class Watch:
     @contextmanager
     def unit(self, unit: Watched, inputs: Any) -> Iterator[None]:
         """What is drawn within the block is drawn by `unit`, or by the unit around it."""
+        if self._is_backward and not saves_otherwise():
+            self.called_in_backward = unit.name
         if self._over or self._depth:
             around, self.current = self.current, self.current or unit
             self._depth += 1
@@ -145,6 +150,15 @@ class Watch:
             if not are_unchanged(containers):
                 self.writer = unit.name
             self.at_border()
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Within the block, code runs only because autograd calls it."""
+        self._is_backward = True
+        try:
+            yield
+        finally:
+            self._is_backward = False
 
     def _note_order(self, unit: Watched) -> None:
         stateful = unit.stateful
