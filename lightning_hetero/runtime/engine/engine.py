@@ -80,6 +80,7 @@ class Engine:
     Attributes:
         cut_calls: How many calls of regions were cut so far.
         reasons: Why regions ran whole, a sentence each.
+        backwards: Of user code, that regions take part in and that have not ended.
         threads: The workers and the lanes.
         interceptions: What stands in the place of the modules' calls.
     """
@@ -113,6 +114,7 @@ class Engine:
         self._local = _Local()
         self._module = module
         self.running: set[RegionCall] = set()
+        self.backwards = 0
         self.reasons: list[str] = []
         self._once_per_batch = once_per_batch
         self._numbers = itertools.count()
@@ -143,6 +145,16 @@ class Engine:
             call.abandon()
         self.threads.close()
         self.threads = EndedThreads(self.threads, self.running)
+
+    def note_backward(self) -> None:
+        """Within a backward of user code: count it among `backwards` until it ends."""
+        self.backwards += 1
+
+        def end() -> None:
+            self.backwards -= 1
+
+        autograd: Any = torch.autograd.Variable._execution_engine
+        autograd.queue_callback(end)
 
     def pipeline(self, micro_batches: int) -> Pipeline:
         """The stages of the model, in order of definition, as schedules see them."""
@@ -323,6 +335,7 @@ class Engine:
             return verdict or Verdict(None, "the structure of its inputs keeps changing")
         region.trials += 1
         watch = Watch(self.generators)
+        watch.other_backwards = lambda: self.backwards
         with self.watching(watch):
             trial = Trial(
                 region.module,

@@ -9,12 +9,14 @@ tokens, gradients may add up to nothing.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.runtime.engine.batch import Cut
@@ -46,6 +48,7 @@ class GradientTrial:
         constants: Other tensors that the module has: buffers, frozen parameters, tensors in attributes.
         records: Whether gradients are recorded in the call of user code.
         in_backward: What backwards are to run in.
+        is_alone: Whether there is no other backward now. All have the same thread for an accelerator.
 
     Attributes:
         traced: Places of the outputs that have a graph in the call of user code, once `adds_up` was called.
@@ -63,6 +66,7 @@ class GradientTrial:
         *,
         records: bool = True,
         in_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
+        is_alone: Callable[[], bool] = lambda: True,
     ) -> None:
         self._run = run
         self._given = given
@@ -73,6 +77,7 @@ class GradientTrial:
         self._adds_leaves = False
         self._records = records
         self._in_backward = in_backward
+        self._is_alone = is_alone
         self.traced: tuple[int, ...] = ()
         self.upstream: tuple[int, ...] = ()
         self.accumulates = False
@@ -128,7 +133,7 @@ class GradientTrial:
         """How far the sums of parts are from the gradients of some rows, relative to these; 0 up to rounding."""
         with torch.enable_grad(), _without_cached_casts():
             head, tail, whole = (
-                _Run(self._run, cut.take(tensors, start + a, start + b), self._adds_leaves)
+                _Run(self._run, cut.take(tensors, start + a, start + b), self._adds_leaves, self._is_alone)
                 for a, b in ((0, 1), (1, rows), (0, rows))
             )
             if not head.nodes.isdisjoint(tail.nodes):
@@ -204,7 +209,8 @@ class _Run:
         accumulates: Whether code of a backward has added to `grad` of leaves by itself.
     """
 
-    def __init__(self, run: Run, tensors: Sequence[Tensor], adds_leaves: bool) -> None:
+    def __init__(self, run: Run, tensors: Sequence[Tensor], adds_leaves: bool, is_alone: Callable[[], bool]) -> None:
+        self._is_alone = is_alone
         self.inputs = [t.detach().requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
         adding = _AddedLeaves()
         with adding if adds_leaves else nullcontext():
@@ -223,7 +229,7 @@ class _Run:
         outputs = [output for _, output in self.outputs]
         given = [_direction(output, place, start, rows) for place, output in self.outputs]
         found: dict[int, Tensor] = {}
-        with _without_hooks(leaves), self._gradients_untouched(leaves):
+        with _without_hooks(leaves), self._undone(leaves):
             for number, group in enumerate(groups, 1):
                 with Steady():  # activation checkpointing runs the forward again
                     result = gradients(outputs, given, group, keep_graph=number < len(groups))
@@ -236,17 +242,30 @@ class _Run:
         return [found.get(id(leaf), zeros.get(id(leaf), nothing)) for leaf in (*self.inputs, *leaves)]
 
     @contextmanager
-    def _gradients_untouched(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """Within the block, leaves have no `grad`: code of a backward may add to them by itself."""
-        before = [leaf.grad for leaf in leaves]
+    def _undone(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Put back what code of a backward within the block adds to `grad` of leaves; others may do so meanwhile."""
+        thread = threading.get_ident()
+        before: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+
+        def look(leaf: Tensor) -> None:
+            if threading.get_ident() != thread and (leaf.is_cpu or not self._is_alone()):
+                return
+            self.accumulates = True
+            if id(leaf) not in before:
+                before[id(leaf)] = leaf, leaf.grad, None if leaf.grad is None else leaf.grad.clone()
+
+        # Nodes that accumulate: a backward that is asked for gradients of leaves does not come to them.
+        nodes = [(leaf, get_gradient_edge(leaf).node) for leaf in leaves if leaf.requires_grad and leaf.is_leaf]
+        hooks = [node.register_prehook(lambda _, leaf=leaf: look(leaf)) for leaf, node in nodes]
         try:
-            for leaf in leaves:
-                leaf.grad = None
             yield
-            self.accumulates = self.accumulates or any(leaf.grad is not None for leaf in leaves)
         finally:
-            for leaf, gradient in zip(leaves, before, strict=True):
+            for hook in hooks:
+                hook.remove()
+            for leaf, gradient, content in before.values():
                 leaf.grad = gradient
+                if gradient is not None and content is not None:
+                    gradient.copy_(content)
 
 
 class _AddedLeaves(TorchFunctionMode):

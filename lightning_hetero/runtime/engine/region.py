@@ -254,6 +254,7 @@ class RegionCall(Call):
             self.sums.announce(lane.index, lane.trace)
         self._mute(self._parameters)
         self.engine.running.add(self)
+        self.engine.note_backward()
         if again:
             if self.seed is not None:
                 self.generators.begin()

@@ -353,7 +353,14 @@ class Trial:
         constants = list(_without_statistics(snapshot))
         watch = self._watch
         trial = GradientTrial(
-            run, given.tensors, parameters, precision, constants, records=self._records, in_backward=watch.backward
+            run,
+            given.tensors,
+            parameters,
+            precision,
+            constants,
+            records=self._records,
+            in_backward=watch.backward,
+            is_alone=lambda: not watch.other_backwards(),
         )
         try:
             adds_up = trial.adds_up(tensors, cut, cut.rows(tensors) or 0)

@@ -75,6 +75,7 @@ class Watch:
         stateful: `id` of the modules in them that do, by number.
         runs_again: Name of one that was called under activation checkpointing from outside; None if none was.
         called_in_backward: Name of one that code of a backward called, but for what checkpointing runs again; likewise.
+        other_backwards: Says how many other backwards there are.
     """
 
     def __init__(self, generators: Generators, numbers: InTurn | None = None) -> None:
@@ -98,6 +99,7 @@ class Watch:
         self._is_backward = False
         self.runs_again: str | None = None
         self.called_in_backward: str | None = None
+        self.other_backwards: Callable[[], int] = int
 
     def note_saving(self) -> None:
         """Within an operation: see whether the unit that runs makes part of its forward run again in the backward."""
