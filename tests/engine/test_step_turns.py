@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_hetero.runtime.engine.cut import CannotCutError
-from lightning_hetero.runtime.engine.gate import Gate
+from lightning_hetero.runtime.engine.gate import Gate, Together
 from lightning_hetero.runtime.engine.handed_on import places_below, replaced
 from lightning_hetero.runtime.engine.turnstile import Turnstile
 
@@ -101,7 +101,7 @@ class Counts(nn.Module):
 
 def test_a_gate_notes_what_others_call_and_not_what_a_metric_calls_of_itself() -> None:
     metric = Counts()
-    gate = Gate(metric)
+    gate = Gate(metric, Together(id(metric)))
     gate.install()
     assert metric() == 1
     assert gate.used == {"forward"}
@@ -116,7 +116,7 @@ def test_a_gate_notes_what_others_call_and_not_what_a_metric_calls_of_itself() -
 
 def test_copies_of_a_metric_have_methods_of_their_own() -> None:
     metric = Counts()
-    gate = Gate(metric)
+    gate = Gate(metric, Together(id(metric)))
     gate.install()
     for other in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
         other.update()

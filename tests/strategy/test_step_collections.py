@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
+from torchmetrics.wrappers import MinMaxMetric, MultitaskWrapper
 
 from lightning_hetero.testing.lightning_module import Classifier, data
 from lightning_hetero.testing.naps import nap
@@ -210,6 +214,132 @@ class Classifies(Classifier):
             self.calls_cut = engine.cut_calls
 
 
+class Averages(Collects):
+    """Averages of what was computed with states: the next micro-batch sees what this one has done."""
+
+    def use(self, x: Tensor) -> None:
+        trend = self.metrics["a_trend"]
+        trend.update(x)
+        trend.value = trend.value * 0.9
+
+
+class Scales(Collects):
+    def use(self, x: Tensor) -> None:
+        self.metrics["a_trend"].update(x)
+        self.metrics["square"].update(x * self.metrics["a_trend"].value)
+
+
+class Appends(Collects):
+    """Adds to a state itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = CatMetric()
+
+    def use(self, x: Tensor) -> None:
+        nap()
+        self.all.value.append(x.sum()[None])
+        self.metrics.update(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Averages, "it reads the state of MetricCollection, which depends on the micro-batches before"),
+        (Scales, "it reads the state of MetricCollection, which depends on the micro-batches before"),
+        (Appends, "the state of CatMetric is set, and not by its update"),
+    ],
+)
+def test_code_that_has_its_way_with_states_runs_one_by_one(
+    kind: type[Collects], reason: str, plain: Any, hetero: Any, caplog: Any
+) -> None:
+    theirs = kept(kind, plain(accumulate_grad_batches=4), 4)
+    assert kept(kind, hetero(devices=EMULATED, placement="round_robin", **STEPS), 16) == pytest.approx(theirs, rel=1e-6)
+    assert f"one after the other, because {reason}" in caplog.text
+
+
+class Wrapped(Collects):
+    """Updates what is in wrappers and compositions by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extremes, self.sum = MinMaxMetric(Trend()), Trend() + Trend()
+        self.tasks = MultitaskWrapper({"one": Trend(), "two": MetricCollection({"three": Trend(), "four": Square()})})
+
+    def use(self, x: Tensor) -> None:
+        self.extremes._base_metric.update(x)
+        self.sum.metric_a.update(x)
+        self.sum.metric_b.update(x[:1])
+        for metric in self.tasks.task_metrics.values():
+            metric.update(x)
+
+
+def test_metrics_in_others_that_are_used_by_themselves(plain: Any, hetero: Any, caplog: Any) -> None:
+    def states(trainer: Any, batch_size: int) -> list[float]:
+        module, found = Wrapped(), []
+        module.on_train_epoch_end = lambda: found.extend(  # type: ignore[method-assign]
+            float(each.value) for each in module.modules() if isinstance(each, Trend)
+        )
+        trainer.fit(module, data(rows=48, batch_size=batch_size))
+        return found
+
+    theirs = states(plain(accumulate_grad_batches=4), 4)
+    for _ in range(2):
+        assert states(hetero(devices=EMULATED, placement="round_robin", **STEPS), 16) == pytest.approx(theirs)
+    assert "one after the other" not in caplog.text
+
+
+@pytest.mark.parametrize("micro_batching", ["forward", "step"])
+def test_shallow_copies_are_things_of_their_own(hetero: Any, micro_batching: str) -> None:
+    """Those of metrics, and of modules whose calls are cut."""
+
+    class Copies(Collects):
+        seen: list[bool]
+
+        def use(self, x: Tensor) -> None:
+            self.metrics["mean"].update(x)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            mean = copy.copy(self.metrics["mean"])
+            before = self.metrics["mean"].update_count
+            mean.reset()
+            mean(torch.ones(3))
+            part = copy.copy(self.net)
+            part._modules = {**part._modules, "second": torch.nn.Identity()}
+            part.act = torch.nn.Identity()
+            self.seen.append(self.metrics["mean"].update_count == before and float(mean.compute()) == 1.0)
+            self.seen.append(type(part).forward(part, batch[0]).equal(part(batch[0])))
+            self.seen.append("__getstate__" not in vars(mean) and "__getstate__" not in vars(part))
+
+    module = Copies()
+    module.seen = []
+    trainer = hetero(devices=EMULATED, strategy={"micro_batches": 4, "micro_batching": micro_batching})
+    trainer.fit(module, data(rows=48, batch_size=16))
+    assert module.seen
+    assert all(module.seen)
+    for each in module.modules():
+        assert not {"__getstate__", "forward", "_compiled_call_impl"} & vars(each).keys()
+
+
+def test_metrics_that_are_replaced_are_let_go(hetero: Any) -> None:
+    class Replaces(Collects):
+        made: list[weakref.ref[Metric]]
+
+        def on_train_epoch_start(self) -> None:
+            self.trend = Trend()
+            self.made.append(weakref.ref(self.trend))
+
+        def use(self, x: Tensor) -> None:
+            self.trend.update(x)
+            gc.collect()
+            assert [each() is not None for each in self.made[:-1]] == [False] * (len(self.made) - 1)
+
+    module = Replaces()
+    module.made = []
+    hetero(devices=EMULATED, max_epochs=4, **STEPS).fit(module, data(rows=32, batch_size=16))
+    assert len(module.made) == 4
+
+
 class Unmeasured(Classifies):
     """Has the metrics, and does not use them."""
 
@@ -245,16 +375,25 @@ def test_validation_is_cut_however_often_metrics_have_been_updated(
     assert module.trials <= unmeasured.trials + 1  # one when Lightning notes that the module has metrics
 
 
-def test_a_forward_that_decides_by_a_metric_is_asked_each_time(plain: Any, hetero: Any) -> None:
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_forward_that_decides_by_a_metric_is_asked_each_time(plain: Any, hetero: Any, by_name: bool) -> None:
     """It normalises by the batch once a metric has had more than three updates."""
 
     class Decides(Classifier):
+        by_name = True
+
         def __init__(self) -> None:
             super().__init__()
             self.seen = MetricCollection({"mean": MeanMetric()})
 
+        @property
+        def count(self) -> int:
+            if self.by_name:
+                return self.seen["mean"].update_count
+            return max(each.update_count for each in self.modules() if isinstance(each, Metric))
+
         def forward(self, x: Tensor) -> Tensor:
-            if self.seen["mean"]._update_count > 3:
+            if self.count > 3:
                 x = x - x.mean(0)
             return super().forward(x)
 
@@ -265,6 +404,7 @@ def test_a_forward_that_decides_by_a_metric_is_asked_each_time(plain: Any, heter
 
     def losses(trainer: Any) -> list[float]:
         module, found = Decides(), []
+        module.by_name = by_name
         module.on_train_batch_end = lambda outputs, *_: found.append(float(outputs["loss"]))  # type: ignore
         trainer.fit(module, data(rows=64, batch_size=8))
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Calls(TorchFunctionMode):
         watch: Knows whether a unit is at work.
         meanwhile: Looks at modules after every operation of the step's own code.
         generators: The default generators of all devices of the plan.
+        reads: Told of the tensors that the step's own code computes with, and that of metrics.
 
     Attributes:
         read: `id` of tensors that the step's own code has read.
@@ -31,12 +33,15 @@ class Calls(TorchFunctionMode):
         checkpoints: Whether some of it may run again for the backward.
     """
 
-    def __init__(self, watch: Watch, meanwhile: Meanwhile, generators: Generators) -> None:
+    def __init__(
+        self, watch: Watch, meanwhile: Meanwhile, generators: Generators, reads: Callable[[Sequence[Tensor]], None]
+    ) -> None:
         super().__init__()
         self._watch = watch
         self._meanwhile = meanwhile
         self._data: list[tuple[Tensor, int]] = []
         self._generators = generators
+        self._reads = reads
         self._drew: list[Watched] = []
         self._drew_itself = False
         self.read: set[int] = set()
@@ -76,7 +81,9 @@ class Calls(TorchFunctionMode):
             self._watch.note_saving()
         else:
             self.checkpoints |= saves_otherwise()
-            self.read.update(id(arg) for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Tensor))
+            tensors = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Tensor)]
+            self.read.update(map(id, tensors))
+            self._reads(tensors)
         states = self._generators.states()
         result = func(*args, **(kwargs or {}))
         if self._generators.drawn_since(states):

@@ -4,22 +4,85 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lightning_hetero.graph.find import is_metric
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.lanes import calling_lane
-from lightning_hetero.runtime.standin import InPlace
+from lightning_hetero.runtime.standin import InPlace, hide_from_copies, show_again
+from lightning_hetero.runtime.transfer import version_of
 
 _CALL = "_compiled_call_impl"  # where torch looks before it calls a module
 _IN_ORDER = "update"
 _ALONE = ("compute", "reset")  # what they mean depends on all updates before
 _SHARES = "_compute_groups_create_state_ref"  # by it a collection of metrics hands states from one to the others
+_NO_STATE = frozenset({"_state_is_copy"})  # a mark of collections, who has which state is looked at itself
 
 Seen = Callable[[nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
+
+
+class Together:
+    """Metrics that have their turn together: one, or a collection or wrapper and all that are in it.
+
+    Attributes:
+        key: What micro-batches pass when they get through.
+        gates: One for each.
+        tensors: Those that were the state at some moment, while somebody looks.
+        change: What was changed in another way than by their calls meanwhile, in words that follow "because"; or None.
+        is_read: Whether other code has read one of these tensors.
+    """
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+        self.gates: list[Gate] = []
+        self.tensors: dict[int, Tensor] = {}
+        self.change: str | None = None
+        self.is_read = False
+        self._inside: set[int] = set()
+        self._state: list[Any] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the calling thread is inside."""
+        return threading.get_ident() in self._inside
+
+    def look(self) -> None:
+        """See whether the states are as they were left; from the first time on."""
+        now = self._now()
+        if self._state is not None and self._state != now and self.change is None:
+            self.change = f"the state of {self.gates[0].name} is set, and not by its update"
+        self._keep(now)
+
+    def end(self) -> None:
+        """Look no more."""
+        self._state, self.change, self.tensors, self.is_read = None, None, {}, False
+
+    def _now(self) -> list[Any]:
+        with torch._C.DisableTorchFunction():  # or whoever watches operations sees that versions are read
+            return [each for gate in self.gates for each in gate.state()]
+
+    def _keep(self, state: list[Any]) -> None:
+        self._state = state
+        self.tensors.update((id(each), each) for gate in self.gates for each in gate.tensors())
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Within the block, what the calling thread calls of them needs no turn."""
+        me = threading.get_ident()
+        if self._state is not None:
+            self.look()
+        self._inside.add(me)
+        try:
+            yield
+        finally:
+            self._inside.discard(me)
+            if self._state is not None:
+                self._keep(self._now())
 
 
 class Gate(InPlace):
@@ -28,64 +91,67 @@ class Gate(InPlace):
     Args:
         module: The module; its calls, and those of its method `update` if it has one, pass the gate. Its methods
             `compute` and `reset` are noted, and no lane gets through.
+        together: Those that have their turn with it.
         seen: Told of each call of the module, in order: the module, the arguments by position and by name, the output.
-        beside: The gate of a module that has its turn together with this one.
 
     Attributes:
-        key: What micro-batches pass when they get through.
         used: What user code has called since this was emptied: "forward", "update", "compute", "reset".
         calls: How often it has, since this was set to 0.
         in_unit: Says whether a unit runs, while somebody looks at what the step does.
         used_in_unit: Whether code of a unit has called it meanwhile.
     """
 
-    def __init__(self, module: nn.Module, seen: Seen | None = None, beside: Gate | None = None) -> None:
-        self._module = module
+    stays_behind = True
+
+    def __init__(self, module: nn.Module, together: Together, seen: Seen | None = None) -> None:
+        self.module = module
+        self.together = together
         self._seen = seen
         self._doors = [_Door(self, module, name) for name in (_IN_ORDER, *_ALONE, _SHARES) if hasattr(module, name)]
-        self._inside: set[int] = set() if beside is None else beside._inside
-        self.key: int = id(module) if beside is None else beside.key
         self.used: set[str] = set()
         self.calls = 0
         self.in_unit: Callable[[], bool] = never
         self.used_in_unit = False
+        together.gates.append(self)
 
-    def is_of(self, module: nn.Module) -> bool:
-        """Whether it is the gate of this module."""
-        return self._module is module
+    @property
+    def name(self) -> str:
+        """What the module is called in messages."""
+        return type(self.module).__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call, when it is this micro-batch's turn."""
         with self.turn("forward"):
-            output = self._module._call_impl(*args, **kwargs)
+            output = self.module._call_impl(*args, **kwargs)
             if self._seen is not None:
-                self._seen(self._module, args, kwargs, output)
+                self._seen(self.module, args, kwargs, output)
             return output
 
     def install(self) -> None:
         """Take the place of the module's calls."""
-        self._module.__dict__[_CALL] = self
+        self.module.__dict__[_CALL] = self
         for door in self._doors:
             door.install()
+        hide_from_copies(self.module)
 
     def remove(self) -> None:
         """Give it back."""
-        if self._module.__dict__.get(_CALL) is self:
-            del self._module.__dict__[_CALL]
+        if self.module.__dict__.get(_CALL) is self:
+            del self.module.__dict__[_CALL]
         for door in self._doors:
             door.remove()
+        show_again(self.module)
 
     @property
     def needs_all_before(self) -> str | None:
         """Why micro-batches that use the module as they have done cannot be under way at once; None if they can."""
-        name = type(self._module).__name__
         alone = next((each for each in _ALONE if each in self.used), None)
         if alone is not None:
-            return f"it calls {alone} of {name}, which depends on the micro-batches before"
+            return f"it calls {alone} of {self.name}, which depends on the micro-batches before"
         if self.used_in_unit:
-            return f"a part calls {name}, so nobody knows for which micro-batch"
+            return f"a part calls {self.name}, so nobody knows for which micro-batch"
         if len(self.used) > 1:
-            return f"it calls {name} and its update, which has one order only if they are alone"
+            return f"it calls {self.name} and its update, which has one order only if they are alone"
         return None
 
     @contextmanager
@@ -95,8 +161,8 @@ class Gate(InPlace):
         Raises:
             CannotCutError: Lanes cannot do that.
         """
-        me, lane = threading.get_ident(), calling_lane()
-        if me in self._inside or (name == _SHARES and not self._shares_states):
+        lane = calling_lane()
+        if self.together.is_open or (name == _SHARES and not self._shares_states):
             yield
             return
         if name != _SHARES:
@@ -104,28 +170,157 @@ class Gate(InPlace):
         self.calls += 1
         self.used_in_unit |= self.in_unit()
         if lane is not None and name in _ALONE:
-            raise CannotCutError(f"it calls {name} of {type(self._module).__name__}")
-        self._inside.add(me)
-        try:
-            if lane is None:
+            raise CannotCutError(f"it calls {name} of {self.name}")
+        if lane is None:
+            with self.together.inside():
                 yield
+        else:
+            with lane.call.passing(lane, self.together.key, self.name), self.together.inside():
+                yield
+
+    def state(self) -> Iterator[Hashable]:
+        """What tells whether the module has been changed."""
+        for name, value in self.module.__dict__.items():
+            if name in _NO_STATE or isinstance(value, InPlace):
+                continue
+            yield name
+            if isinstance(value, (list, tuple, dict)):
+                yield type(value), len(value)
+                for item in value.values() if isinstance(value, dict) else value:
+                    yield _mark(item)
             else:
-                with lane.call.passing(lane, self.key, type(self._module).__name__):
-                    yield
-        finally:
-            self._inside.discard(me)
+                yield _mark(value)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those that are its state."""
+        for name in getattr(self.module, "_defaults", ()):
+            value = getattr(self.module, name, None)
+            for each in value if isinstance(value, list) else (value,):
+                if isinstance(each, Tensor):
+                    yield each
 
     @property
     def _shares_states(self) -> bool:
         """Whether the module is a collection in which some metrics have the state of another one."""
-        return any(len(group) > 1 for group in getattr(self._module, "compute_groups", {}).values())
+        return any(len(group) > 1 for group in getattr(self.module, "compute_groups", {}).values())
 
     def __reduce__(self) -> Any:
         return _nothing, ()
 
 
+class Gates:
+    """The gates of all metrics of a module.
+
+    Args:
+        seen: See `Gate`.
+
+    Attributes:
+        gated: `id` of modules behind them.
+    """
+
+    def __init__(self, seen: Seen | None = None) -> None:
+        self._seen = seen
+        self._of: dict[int, Gate] = {}
+        self.gated: set[int] = set()
+
+    def __iter__(self) -> Iterator[Gate]:
+        return iter(self._of.values())
+
+    def add(self, metric: nn.Module) -> None:
+        """Put gates on a metric and all metrics in it, which have their turn together: they may share states."""
+        parts = [each for each in metric.modules() if is_metric(each)]
+        known = next((self._of[id(each)].together for each in parts if id(each) in self._of), None)
+        together = known or Together(id(metric))
+        for each in parts:
+            if id(each) not in self._of:
+                gate = self._of[id(each)] = Gate(each, together, self._seen)
+                gate.install()
+        self.gated.update(map(id, metric.modules()))
+
+    def follow(self, module: nn.Module) -> bool:
+        """Put gates on metrics that a module has got meanwhile, and take them off those that it has no more.
+
+        Returns:
+            Whether there are new ones.
+        """
+        there = list(module.modules())
+        new = [each for each in there if is_metric(each) and id(each) not in self._of]
+        if not new and len(self._of) == sum(map(is_metric, there)):
+            return False
+        kept = set(map(id, there))
+        for gate in [each for key, each in self._of.items() if key not in kept]:
+            gate.remove()
+            gate.together.gates.remove(gate)
+            del self._of[id(gate.module)]
+        for metric in new:
+            self.add(metric)
+        self.gated = {id(each) for gate in self for each in gate.module.modules()}
+        return bool(new)
+
+    def remove(self) -> None:
+        """Take all of them off."""
+        for gate in self:
+            gate.remove()
+        self._of.clear()
+        self.gated.clear()
+
+    @contextmanager
+    def watched(self, in_unit: Callable[[], bool]) -> Iterator[None]:
+        """Within the block, everything that is done with the metrics is noted; until the next such block.
+
+        Args:
+            in_unit: Says whether a unit runs.
+        """
+        for together in self._all:
+            together.end()
+        for gate in self:
+            gate.used.clear()
+            gate.calls = 0
+            gate.used_in_unit = False
+            gate.in_unit = in_unit
+        for together in self._all:
+            together.look()
+        try:
+            yield
+            for together in self._all:
+                together.look()
+        finally:
+            for gate in self:
+                gate.in_unit = never
+
+    def note_reading(self, tensors: Sequence[Tensor]) -> None:
+        """Code of the step computes with some tensors; if it is not that of metrics, see whether these are states."""
+        every = self._all
+        if not any(together.is_open for together in every):
+            for together in every:
+                together.is_read |= any(id(tensor) in together.tensors for tensor in tensors)
+
+    def take_calls(self) -> list[int]:
+        """What was passed since this was asked last, a key for each time."""
+        found = [gate.together.key for gate in self for _ in range(gate.calls)]
+        for gate in self:
+            gate.calls = 0
+        return found
+
+    def reason(self) -> str | None:
+        """Why micro-batches that use the metrics as was noted cannot be under way at once; None if they can."""
+        reason = next((gate.needs_all_before for gate in self if gate.needs_all_before), None)
+        for together in self._all:
+            if reason is None and together.is_read:
+                reason = f"it reads the state of {together.gates[0].name}, which depends on the micro-batches before"
+            reason = reason or together.change
+            together.end()
+        return reason
+
+    @property
+    def _all(self) -> Sequence[Together]:
+        return list({id(gate.together): gate.together for gate in self}.values())
+
+
 class _Door(InPlace):
     """Stands in for a method of the module. Copies and pickles of the module have their own method there."""
+
+    stays_behind = True
 
     def __init__(self, gate: Gate, module: nn.Module, name: str) -> None:
         self._gate = gate
@@ -156,6 +351,13 @@ class _Door(InPlace):
 def never() -> bool:
     """What a gate asks while nobody looks."""
     return False
+
+
+def _mark(value: Any) -> Hashable:
+    """What is another one for another value, or a changed one."""
+    if isinstance(value, Tensor):
+        return id(value), version_of(value)
+    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)
 
 
 def _nothing() -> None:

@@ -24,7 +24,7 @@ from lightning_hetero.runtime.engine.replicas import Seat
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.worker import Worker
 from lightning_hetero.runtime.frames import HERE
-from lightning_hetero.runtime.standin import InPlace, StandIn
+from lightning_hetero.runtime.standin import InPlace, StandIn, hide_from_copies, show_again
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.engine import Engine
@@ -121,6 +121,7 @@ class _Unit:
 class ModuleUnit(_Unit, InPlace):
     """A placed module."""
 
+    stays_behind = True
     parts: Sequence[nn.Module] = ()
 
     def __init__(self, engine: Engine, name: str, worker: Worker, stage: int, module: nn.Module) -> None:
@@ -145,6 +146,7 @@ class ModuleUnit(_Unit, InPlace):
     def install(self) -> None:
         """Take the place of the module's call."""
         self.module.__dict__[_CALL] = self
+        hide_from_copies(self.module)
 
     def remove(self) -> None:
         """Give it back."""
@@ -153,6 +155,7 @@ class ModuleUnit(_Unit, InPlace):
                 del self.module.__dict__[_CALL]
             else:
                 self.module.__dict__[_CALL] = self._before
+        show_again(self.module)
 
     def __reduce__(self) -> Any:
         return _nothing, ()

@@ -27,6 +27,7 @@ _MOST_VALUES = 1000  # that are found for one call, beside the attributes of mod
 _MOST_BYTES = 1 << 12  # of an array of NumPy that is compared
 _DEEPEST = 6
 _NAMES_ANY = frozenset({"__dict__", "__getattribute__", "getattr", "vars"})
+_NAMES_ANY_MODULE = _NAMES_ANY | {"_modules", "children", "modules", "named_children", "named_modules"}
 _LEADS_AWAY = frozenset({"_metadata", "_parent"})  # of omegaconf: to what all settings are in
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module())) - {"training"}
@@ -218,7 +219,7 @@ class Settings:
     def _of_interest(self) -> Sequence[nn.Module]:
         """All modules but metrics that the code does not name: those count what others do with them."""
         names = self._reading.names
-        if not self._metrics or not _NAMES_ANY.isdisjoint(names):
+        if not self._metrics or not _NAMES_ANY_MODULE.isdisjoint(names):
             return self._modules
         unused = {id(each) for metric in self._metrics if metric.names.isdisjoint(names) for each in metric.modules}
         return [module for module in self._modules if id(module) not in unused]

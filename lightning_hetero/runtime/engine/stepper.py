@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.errors import UnsupportedError
-from lightning_hetero.graph.find import is_metric
 from lightning_hetero.runtime.engine.batch import Path, batch_rows, cut_rows, not_of_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
 from lightning_hetero.runtime.engine.calls import Calls
-from lightning_hetero.runtime.engine.gate import Gate, Seen, never
+from lightning_hetero.runtime.engine.gate import Gates, Seen
 from lightning_hetero.runtime.engine.in_turn import InTurn
 from lightning_hetero.runtime.engine.intercept import Region
 from lightning_hetero.runtime.engine.meanwhile import Meanwhile
@@ -119,39 +118,16 @@ class Stepper:
         self._schedule = schedule
         self._recorded = recorded
         self._elsewhere = Elsewhere(module, recorded)
-        self._seen = seen
-        self._gates: list[Gate] = []
-        self._gated: set[int] = set()  # `id` of modules behind them
+        self._gates = Gates(seen)
         self._modes: dict[Any, _Mode] = {}
         self._whole: set[Path] = set()  # where in batches nothing is cut, as some batch had other rows there
         self._tables: dict[int, Mapping[tuple[int, Op, int], int]] = {}
         for each in gated:
-            self._add_gates(each)
-
-    def _add_gates(self, metric: nn.Module) -> None:
-        """Those of a metric; or of a collection and all in it, which have their turn together: they share states."""
-        together = [metric, *filter(is_metric, metric.children())] if isinstance(metric, nn.ModuleDict) else [metric]
-        beside = next((gate for gate in self._gates if any(gate.is_of(each) for each in together)), None)
-        for each in together:
-            if id(each) not in self._gated:
-                gate = Gate(each, self._seen, beside)
-                gate.install()
-                self._gates.append(gate)
-                beside = beside or gate
-        self._gated.update(map(id, metric.modules()))
-
-    def _look_for_metrics(self) -> None:
-        """Give gates to metrics that the module has got meanwhile."""
-        new = [each for each in self._module.modules() if id(each) not in self._gated and is_metric(each)]
-        for metric in new:
-            if id(metric) not in self._gated:
-                self._add_gates(metric)
-                self._modes.clear()  # the next step is rehearsed again
+            self._gates.add(each)
 
     def close(self) -> None:
         """Take the gates off."""
-        for gate in self._gates:
-            gate.remove()
+        self._gates.remove()
 
     def run(self, args: tuple[Any, ...], scale: float, around_first: AroundFirst | None = None) -> StepResult | None:
         """Run one step.
@@ -166,7 +142,8 @@ class Stepper:
         Returns:
             The result; None if the batch cannot be cut, and nothing has been done.
         """
-        self._look_for_metrics()
+        if self._gates.follow(self._module):
+            self._modes.clear()  # the next step is rehearsed again
         total = batch_rows(args[0])
         if total is None or total < 2:
             self._runs_once("its batch has no rows to cut")
@@ -255,32 +232,27 @@ class Stepper:
         before, others = torch.get_rng_state(), OtherSources()
         watch = Watch(self._engine.generators, InTurn(self._engine.generators, _seed()))
         snapshot = Snapshot(self._module)
-        meanwhile = Meanwhile(snapshot.modules, self._gated, snapshot.inside(self._gated), snapshot.names)
-        calls = Calls(watch, meanwhile, self._engine.generators)
+        gates, gated = self._gates, self._gates.gated
+        meanwhile = Meanwhile(snapshot.modules, gated, snapshot.inside(gated), snapshot.names)
+        calls = Calls(watch, meanwhile, self._engine.generators, gates.note_reading)
         watch.at_border = meanwhile.at_border
-        for gate in self._gates:
-            gate.used.clear()
-            gate.calls = 0
-            gate.used_in_unit = False
-            gate.in_unit = lambda: watch.in_unit
         passed: list[list[Hashable]] = []
 
         def run(index: int, step: _Step) -> Any:
             with watch.micro_batch(index), self._alone(index, step) as batch:
                 output = self._run_seen(index, batch, step)
-            passed.append([*watch.in_order, *(gate.key for gate in self._gates for _ in range(gate.calls))])
+            passed.append([*watch.in_order, *gates.take_calls()])
             watch.in_order.clear()
-            for gate in self._gates:
-                gate.calls = 0
             return output
 
         call = self._call(step, scale, run, in_backward=watch.backward)
-        try:
-            with self._engine.watching(watch), calls, self._elsewhere.asking(calls.log_is_called):
-                call.one_by_one()
-        finally:
-            for gate in self._gates:
-                gate.in_unit = never
+        with (
+            gates.watched(lambda: watch.in_unit),
+            self._engine.watching(watch),
+            calls,
+            self._elsewhere.asking(calls.log_is_called),
+        ):
+            call.one_by_one()
         watch.end()
         meanwhile.end()
         if not watch.any:
@@ -288,8 +260,9 @@ class Stepper:
         reason = self._reason(step, watch, calls, others)
         if call.accumulates:
             reason = reason or "code of its backward adds to gradients of parameters by itself"
-        reason = reason or snapshot.change_below(ignored=self._gated, in_order=self._engine.in_units)
-        reason = reason or next((gate.needs_all_before for gate in self._gates if gate.needs_all_before), None)
+        reason = reason or snapshot.change_below(ignored=gated, in_order=self._engine.in_units)
+        of_metrics = gates.reason()
+        reason = reason or of_metrics
         reason = reason or meanwhile.change
         if reason is None and (name := snapshot.changed_buffer(calls.read, self._engine.in_units)) is not None:
             reason = f"it reads {name}, which a part changes"

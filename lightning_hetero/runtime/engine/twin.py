@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.runtime.engine.contents import CONTAINERS, LARGE, content, is_same
 from lightning_hetero.runtime.engine.meanwhile import writes_of
+from lightning_hetero.runtime.standin import without_own_state
 from lightning_hetero.runtime.transfer import version_of
 
 # Kept by torch, and not among the attributes.
@@ -29,6 +30,7 @@ def twin_of(module: nn.Module, without: Mapping[str, Any], kind: type | None = N
     """
     twin: nn.Module = object.__new__(kind or type(module))
     twin.__dict__.update(module.__dict__)
+    without_own_state(twin.__dict__)
     twin.__dict__["_buffers"] = dict(module._buffers)
     for name, value in without.items():
         twin.__dict__.pop(name, None)
