@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import types
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 from lightning_hetero.runtime.engine.batch import batch_rows, cut_rows, not_of_rows
 from lightning_hetero.testing.cut_models import Between
@@ -316,6 +318,12 @@ def pictures(count: int, *sides: int, channels: int = 3) -> list[Tensor]:
     return [torch.zeros(channels, side, side) for side, _ in zip(sides * count, range(count), strict=False)]
 
 
+@dataclasses.dataclass
+class Sample:
+    x: Tensor
+    y: Tensor
+
+
 @pytest.mark.parametrize(
     ("batch", "expected"),
     [
@@ -331,10 +339,26 @@ def pictures(count: int, *sides: int, channels: int = 3) -> list[Tensor]:
         ({"texts": [torch.zeros(n) for n in (3, 4, 7, 2)], "labels": torch.zeros(4)}, None),
         ((pictures(3, 8, 9), [{"boxes": torch.zeros(n, 4)} for n in range(1, 4)]), None),
         ((["a", "b"], torch.zeros(2, 4)), 2),
+        ([(torch.zeros(7, 4), torch.zeros(())), (torch.zeros(7, 4), torch.zeros(()))], None),
+        ([(torch.zeros(7, 4), 3), (torch.zeros(7, 4), 1)], None),
+        ([{"x": torch.zeros(7, 4), "y": torch.zeros(7)}] * 4, None),
+        ({"s": [{"x": torch.zeros(n, 4), "y": torch.zeros(1)} for n in (5, 7)]}, None),
+        ([Sample(torch.zeros(7, 4), torch.zeros(2))] * 2, None),
+        ([torch.zeros(7)] * 8, None),
+        ((torch.zeros(8, 4), torch.zeros(8, 4)), 8),
+        ([torch.zeros(8, 4), torch.zeros(8, 4), torch.zeros(8, 4)], 8),
+        (((torch.zeros(8, 4), torch.zeros(8, 4)), (torch.zeros(8, 4), torch.zeros(8, 4))), 8),
+        (({"x": torch.zeros(8, 4)}, {"y": torch.zeros(8)}), 8),
+        ({"x": torch.zeros(8, 4), "of": {n: {"y": torch.zeros(3)} for n in range(8)}}, None),
+        ((pack_sequence([torch.zeros(5, 2), torch.zeros(3, 2)]), torch.zeros(2)), None),
+        ((torch.zeros(8, 4), torch.eye(8).to_sparse()), None),
     ],
     ids=["tensors", "two tensors", "two loaders", "pairs of two loaders", "views", "views alone",
          "pictures of several sizes", "pictures of one size",
-         "texts", "texts of as many words", "as many pictures as channels", "words"],
+         "texts", "texts of as many words", "as many pictures as channels", "words",
+         "samples", "samples with numbers", "samples as mappings", "samples in a mapping", "samples of a class",
+         "samples of one tensor", "a pair", "a triplet", "pairs", "inputs and targets", "by number", "packed",
+         "sparse"],
 )  # fmt: skip
 def test_rows_of_batches_of_lists(batch: Any, expected: int | None) -> None:
     assert batch_rows(batch) == expected

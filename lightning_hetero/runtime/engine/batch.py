@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from operator import gt
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.tree import Tree, with_fields
@@ -99,11 +100,16 @@ def batch_rows(batch: Any) -> int | None:
     """Rows of a batch of a data loader: the first dimension of its first tensor that has one; None if it is not clear.
 
     If that tensor stands in a list, the list may have an item for each row (pictures of several sizes, texts) or the
-    batch in each item (views of the same pictures). Other tensors and lists tell; where they do not, it is None.
+    batch in each item (views of the same pictures). Other tensors and lists tell; where they do not, it is None. So it
+    is for a list of samples of several values each, which is what a loader gives that does not put them together.
     """
     found = Tree(batch)
+    if found.opaque is not None or any(each.layout is not torch.strided or each.is_nested for each in found.tensors):
+        return None
     tensors = [tensor for tensor in found.tensors if tensor.dim() > 0]
-    if not tensors or found.opaque is not None:
+    if not tensors or _is_of_items(batch, tensors[0]):
+        return None
+    if any(_is_numbered(each) for each in _mappings_in(batch)):
         return None
     lists = list(_lists_in(batch))
     first = next((each for each in lists if any(item is tensors[0] for item in each)), None)
@@ -118,6 +124,62 @@ def batch_rows(batch: Any) -> int | None:
     if len(sizes) == 1 and (sizes & others or not are_samples):
         return tensors[0].shape[0]
     return len(first) if are_samples and len(first) not in sizes else None
+
+
+def _mappings_in(value: Any) -> Iterator[dict[Any, Any]]:
+    if isinstance(value, dict):
+        yield value
+    for each in _items_of(value):
+        yield from _mappings_in(each)
+
+
+def _is_numbered(mapping: dict[Any, Any]) -> bool:
+    """Whether it has an item for each of some rows."""
+    return len(mapping) > 1 and all(type(key) is int for key in mapping) and sorted(mapping) == [*range(len(mapping))]
+
+
+def _is_of_items(batch: Any, first: Tensor) -> bool:
+    """Whether some container that leads to the first tensor of a batch may have an item for each row."""
+    todo = [batch]
+    while todo:
+        value = todo.pop()
+        if not any(tensor is first for tensor in Tree(value).tensors) or isinstance(value, Tensor):
+            continue
+        if isinstance(value, PackedSequence):
+            return True
+        items = list(_items_of(value))
+        is_open = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+        if is_open and len(items) > 1 and _may_be_samples(items, is_batch=value is batch):
+            return True
+        todo += items
+    return False
+
+
+def _items_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return ()
+
+
+def _may_be_samples(items: Sequence[Any], *, is_batch: bool) -> bool:
+    """Whether items of a batch may be its rows. A few with rows of their own are those of several loaders."""
+    if all(isinstance(item, Tensor) for item in items):  # see `batch_rows` for those of an inner list
+        return is_batch and len(items) > _FEW and len({(item.shape, item.dtype) for item in items}) == 1
+    if any(isinstance(item, (Tensor, str, bytes)) for item in items) or len(set(map(type, items))) > 1:
+        return False
+    trees = list(map(Tree, items))
+    if any(tree.form != trees[0].form for tree in trees):
+        return False
+    return len(items) > _FEW or not all(map(_has_rows_of_its_own, trees))
+
+
+def _has_rows_of_its_own(item: Tree) -> bool:
+    has_numbers = any(isinstance(value, (int, float)) for value in item.values)
+    return not has_numbers and len({tensor.shape[0] if tensor.dim() else -1 for tensor in item.tensors}) == 1
 
 
 def _is_of_one_batch(items: Sequence[Any]) -> bool:
@@ -141,6 +203,7 @@ Path = tuple[Any, ...]
 """Keys, indices and names of fields that lead to a place in a batch."""
 
 _MOST_ITEMS = 64  # of a list that is looked into
+_FEW = 3  # loaders, or views of a row
 
 
 def cut_rows(obj: Any, rows: int, start: int, stop: int, whole: Container[Path] = (), path: Path = ()) -> Any:
