@@ -229,6 +229,21 @@ class Scales(Collects):
         self.metrics["square"].update(x * self.metrics["a_trend"].value)
 
 
+class Counts(Collects):
+    def use(self, x: Tensor) -> None:
+        nap()
+        self.metrics["a_trend"].update(x)
+        self.metrics["square"].update(x * self.metrics["a_trend"].update_count)
+
+
+class Copied(Collects):
+    def use(self, x: Tensor) -> None:
+        self.metrics["a_trend"].update(x)
+        so_far = copy.deepcopy(self.metrics["a_trend"])
+        assert type(so_far) is Trend
+        self.metrics["square"].update(x * so_far.compute())
+
+
 class Appends(Collects):
     """Adds to a state itself."""
 
@@ -238,7 +253,7 @@ class Appends(Collects):
 
     def use(self, x: Tensor) -> None:
         nap()
-        self.all.value.append(x.sum()[None])
+        vars(self.all)["value"].append(x.sum()[None])
         self.metrics.update(x)
 
 
@@ -247,6 +262,8 @@ class Appends(Collects):
     [
         (Averages, "it reads the state of MetricCollection, which depends on the micro-batches before"),
         (Scales, "it reads the state of MetricCollection, which depends on the micro-batches before"),
+        (Counts, "it reads the state of MetricCollection, which depends on the micro-batches before"),
+        (Copied, "it reads the state of MetricCollection, which depends on the micro-batches before"),
         (Appends, "the state of CatMetric is set, and not by its update"),
     ],
 )

@@ -21,6 +21,7 @@ _CALL = "_compiled_call_impl"  # where torch looks before it calls a module
 _IN_ORDER = "update"
 _ALONE = ("compute", "reset")  # what they mean depends on all updates before
 _SHARES = "_compute_groups_create_state_ref"  # by it a collection of metrics hands states from one to the others
+_COUNTS = ("_update_count", "metric_state", "update_called", "update_count")  # read as states are
 _NO_STATE = frozenset({"_state_is_copy"})  # a mark of collections, who has which state is looked at itself
 
 Seen = Callable[[nn.Module, Sequence[Any], Mapping[str, Any], Any], None]
@@ -191,10 +192,34 @@ class Gate(InPlace):
             else:
                 yield _mark(value)
 
+    def note_reading(self) -> None:
+        """Note whether other code reads its state from now on: its class is replaced by a subclass."""
+        base: Any = type(self.module)
+        together, names = self.together, frozenset((*self.module.__dict__.get("_defaults", ()), *_COUNTS))
+
+        def __getattribute__(metric: Any, name: str) -> Any:  # noqa: N807
+            if name in names and not together.is_open:
+                together.is_read = True
+            return base.__getattribute__(metric, name)
+
+        def __reduce_ex__(metric: Any, protocol: Any) -> Any:  # noqa: N807
+            together.is_read = together.is_read or not together.is_open
+            make, args, *rest = base.__reduce_ex__(metric, protocol)
+            return make, tuple(base if arg is type(metric) else arg for arg in args), *rest  # a copy notes nothing
+
+        namespace = {
+            "__getattribute__": __getattribute__,
+            "__reduce_ex__": __reduce_ex__,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        object.__setattr__(self.module, "__class__", type(base.__name__, (base,), namespace))
+
     def tensors(self) -> Iterator[Tensor]:
         """Those that are its state."""
-        for name in getattr(self.module, "_defaults", ()):
-            value = getattr(self.module, name, None)
+        for name in self.module.__dict__.get("_defaults", ()):
+            value = self.module.__dict__.get(name)
             for each in value if isinstance(value, list) else (value,):
                 if isinstance(each, Tensor):
                     yield each
@@ -280,11 +305,16 @@ class Gates:
             gate.in_unit = in_unit
         for together in self._all:
             together.look()
+        kinds = [(gate, type(gate.module)) for gate in self]
+        for gate in self:
+            gate.note_reading()
         try:
             yield
             for together in self._all:
                 together.look()
         finally:
+            for gate, kind in kinds:
+                object.__setattr__(gate.module, "__class__", kind)
             for gate in self:
                 gate.in_unit = never
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_hetero.runtime.engine.contents import CONTAINERS, LARGE, Thing, content, is_same
 from lightning_hetero.runtime.engine.names import Name
 from lightning_hetero.runtime.engine.quick_look import QuickLook
+from lightning_hetero.runtime.engine.state import ProcessModes
 from lightning_hetero.runtime.engine.watch import HOOKS
 from lightning_hetero.runtime.transfer import version_of
 
@@ -79,7 +80,7 @@ class Meanwhile:
         self._first: list[Thing] = []  # what was inside
         self._bound: list[Any] = []  # to names
         self._members: list[dict[str, Any]] = []  # of registries
-        self._dtype = torch.get_default_dtype()
+        self._modes = ProcessModes.now()
         self.change: str | None = None
 
     def at_border(self) -> None:
@@ -104,6 +105,11 @@ class Meanwhile:
                 if kept is not None:
                     self._first.append(thing._replace(content=kept))
             self._quick = QuickLook((), self._first, ())
+
+    def look_at_modes(self) -> None:
+        """Compare what all threads have in common; this matters inside of units, too."""
+        if self.change is None and (change := self._modes.change()) is not None:
+            self.change = f"it {change} for a while"
 
     def end(self) -> None:
         """The step is over."""
@@ -144,9 +150,6 @@ class Meanwhile:
                 if new[0] != old[0]
                 else f"the data of {path} are exchanged for a while"
             )
-            return
-        if self._dtype != torch.get_default_dtype():
-            self.change = "it sets the default dtype of torch for a while"
             return
         for (name, registry), members in zip(self._registered, self._members, strict=True):
             if len(registry) != len(members) or not all(map(is_, registry.values(), members.values())):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextvars
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.nn.utils import parametrize
 
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.frames import HERE, Frame
@@ -151,6 +152,11 @@ def are_operations_counted() -> bool:
     return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
 
 
+def in_transform() -> bool:
+    """Whether this thread is inside a transform of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def stays_in_its_thread() -> str | None:
     """Why what runs now cannot go on in another thread; None if it can.
 
@@ -159,7 +165,7 @@ def stays_in_its_thread() -> str | None:
     """
     if torch.compiler.is_dynamo_compiling():  # in this thread; `is_compiling` is true in all while one compiles
         return "it is being compiled"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         return "it runs inside a transform of torch.func"
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active"
@@ -168,6 +174,30 @@ def stays_in_its_thread() -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "it is being traced"
     return None
+
+
+class ProcessModes(NamedTuple):
+    """What all threads have in common: code that changes it for a while changes it for those that run beside it."""
+
+    forward_level: int
+    caches: int
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls) -> ProcessModes:
+        """Those of this moment."""
+        return cls(torch.autograd.forward_ad._current_level, parametrize._cache_enabled, torch.get_default_dtype())
+
+    def change(self) -> str | None:
+        """What is different now, in words that follow "it"; None if nothing is."""
+        now = ProcessModes.now()
+        if now == self:
+            return None
+        if now.forward_level != self.forward_level:
+            return "differentiates in forward mode"
+        if now.caches != self.caches:
+            return "keeps parametrizations cached"
+        return "sets the default dtype of torch"
 
 
 def keeps_graph() -> bool:

@@ -40,7 +40,7 @@ from lightning_hetero.runtime.engine.readings import Readings
 from lightning_hetero.runtime.engine.refused import methods_refused
 from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.sources import OtherSources
-from lightning_hetero.runtime.engine.state import saves_otherwise
+from lightning_hetero.runtime.engine.state import in_transform, saves_otherwise
 from lightning_hetero.runtime.engine.steady import Steady
 from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
@@ -255,7 +255,13 @@ class Trial:
         versions = [version_of(tensor) for tensor in tensors]
         watch = self._watch
         look = snapshot.look()
-        watch.at_border = lambda: self._note(look)
+
+        def at_border() -> None:
+            self._note(look)
+            if self._in_between is None and in_transform():
+                self._in_between = "calls parts inside a transform of torch.func"
+
+        watch.at_border = at_border
         with observer:
             whole = self._call(given, tensors)
         watch.end()

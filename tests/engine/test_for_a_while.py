@@ -1,0 +1,153 @@
+"""What the forward of a region changes for a while, and other micro-batches would see: such regions run whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from lightning_hetero.testing.naps import late
+from lightning_hetero.testing.rows import squares
+
+MakePair = Callable[..., Any]
+ROUNDING = 1e-12
+SCALE = 1.0
+
+
+class Settings:
+    """For all layers."""
+
+    scale = 1.0
+
+
+class Scaled(nn.Module):
+    """Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.naps = late
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.naps(self.linear(x))
+        return torch.tanh(x * SCALE * Settings.scale * torch.ones(()).mul(1 / 3).to(x.dtype))
+
+
+class Layers(nn.Module):
+    """Runs two of them in another way than the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Scaled(), Scaled(), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.between(self.first(x)))  # type: ignore[no-any-return]
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.second(x)  # type: ignore[no-any-return]
+
+
+class OfClass(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        Settings.scale = 3.0
+        x = self.second(x)
+        Settings.scale = 1.0
+        return x
+
+
+class OfModule(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        global SCALE
+        SCALE = 3.0
+        x = self.second(x)
+        SCALE = 1.0
+        return x
+
+
+class OtherDtype(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64 if before == torch.float32 else torch.float32)
+        x = self.second(x)
+        torch.set_default_dtype(before)
+        return x
+
+
+class Tangents(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.naps = torch.clone  # functions of autograd do not go with transforms
+
+    def between(self, x: Tensor) -> Tensor:
+        value, tangent = torch.func.jvp(self.second, (x,), (torch.ones_like(x),))
+        return value + tangent
+
+
+class TangentsInside(Layers):
+    """A part that is one unit does so by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = Inside()  # type: ignore[assignment]
+
+
+class Inside(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def layer(x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias).tanh()
+
+        value, tangent = torch.func.jvp(layer, (late(x),), (torch.ones_like(x),))
+        return value + late(tangent)
+
+
+class Mapped(Tangents):
+    def between(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(self.second)(x)
+
+
+class Cached(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.orthogonal(self.second.linear)
+
+    def between(self, x: Tensor) -> Tensor:
+        with parametrize.cached():
+            return self.second(self.second(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OfClass, "sets Settings.scale for a while"),
+        (OfModule, "sets the global 'SCALE' for a while"),
+        (OtherDtype, "sets the default dtype of torch for a while"),
+        (Tangents, "differentiates in forward mode for a while"),
+        (TangentsInside, "differentiates in forward mode for a while"),
+        (Mapped, "calls parts inside a transform of torch.func for a while"),
+        (Cached, "keeps parametrizations cached for a while"),
+    ],
+)
+def test_it_runs_whole(pair: MakePair, kind: type[Layers], reason: str) -> None:
+    torch.manual_seed(0)
+    both = pair(kind().double(), on="cpu@speed=1,cpu@speed=1,cpu@speed=1")
+    for _ in range(4):
+        both.step(squares)
+        assert both.difference < ROUNDING
+    assert any(reason in each for each in both.engine.reasons), both.engine.reasons
+    assert both.calls == 0
+
+
+def test_what_is_left_as_it_is_does_no_harm(pair: MakePair) -> None:
+    both = pair(Layers().double())
+    for _ in range(3):
+        both.step(squares)
+        assert both.difference < ROUNDING
+    assert both.calls
