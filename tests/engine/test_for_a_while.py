@@ -113,6 +113,59 @@ class Mapped(Tangents):
         return torch.func.vmap(self.second)(x)
 
 
+class OtherWeights(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        weights = {name: 2 * each.detach() for name, each in self.second.named_parameters()}
+        return torch.func.functional_call(self.second, weights, (x,)) + self.second(x)  # type: ignore[no-any-return]
+
+
+class OtherParts(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        self.second.linear, self.third.linear = self.third.linear, self.second.linear
+        x = self.second(x)
+        self.second.linear, self.third.linear = self.third.linear, self.second.linear
+        return x
+
+
+class OtherData(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        weight, before = self.second.linear.weight, self.second.linear.weight.data
+        weight.data = 2 * before
+        x = self.second(x)
+        weight.data = before
+        return x
+
+
+class OtherBuffer(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.register_buffer("scale", torch.ones(8))
+        self.second.naps = self.scaled
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return late(x * self.second.scale)
+
+    def between(self, x: Tensor) -> Tensor:
+        before, self.second.scale = self.second.scale, 2 * self.second.scale
+        x = self.second(x)
+        self.second.scale = before
+        return x
+
+
+class SetsWhileItRuns(Layers):
+    """A part tells what it calls by a class, and the others hear it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.naps = self.tells
+
+    def tells(self, x: Tensor) -> Tensor:
+        Settings.scale = 3.0
+        x = late(late(x * Settings.scale))
+        Settings.scale = 1.0
+        return x
+
+
 class Cached(Layers):
     def __init__(self) -> None:
         super().__init__()
@@ -126,12 +179,17 @@ class Cached(Layers):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (OfClass, "sets Settings.scale for a while"),
-        (OfModule, "sets the global 'SCALE' for a while"),
+        (OfClass, "Settings.scale is set"),
+        (OfModule, "the global 'SCALE' is set"),
         (OtherDtype, "sets the default dtype of torch for a while"),
-        (Tangents, "differentiates in forward mode for a while"),
+        (Tangents, "calls parts inside a transform of torch.func for a while"),
         (TangentsInside, "differentiates in forward mode for a while"),
         (Mapped, "calls parts inside a transform of torch.func for a while"),
+        (OtherWeights, "second.linear._parameters is changed for a while"),
+        (OtherParts, "second._modules is changed for a while"),
+        (OtherData, "the data of second.linear.weight are exchanged for a while"),
+        (OtherBuffer, "the buffer second.scale is changed, and not by the forward of its module"),
+        (SetsWhileItRuns, "Settings.scale is set"),
         (Cached, "keeps parametrizations cached for a while"),
     ],
 )

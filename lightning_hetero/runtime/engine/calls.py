@@ -90,7 +90,7 @@ class Calls(TorchFunctionMode):
             self._note_draw()
         if func == _DATA and isinstance(args[0], nn.Parameter):
             self._data.append((result, version_of(result)))
-        self._meanwhile.look_at_modes()
+        self._meanwhile.look_at_what_all_have()
         if not self._watch.in_unit:
             self._meanwhile.look()
         return result

@@ -77,7 +77,9 @@ class Meanwhile:
         self._before: list[dict[str, Any]] | None = None
         self._trained: list[tuple[bool, int]] = []
         self._quick = QuickLook((), (), ())
+        self._quick_outside = QuickLook((), (), ())
         self._first: list[Thing] = []  # what was inside
+        self._outside: list[Thing] = []  # of modules, among these
         self._bound: list[Any] = []  # to names
         self._members: list[dict[str, Any]] = []  # of registries
         self._modes = ProcessModes.now()
@@ -86,7 +88,7 @@ class Meanwhile:
     def at_border(self) -> None:
         """A unit begins or ends."""
         if self._before is None:
-            self._begin()
+            self.begin()
         self.look()
         self._in_unit = not self._in_unit
         if self._in_unit:
@@ -94,7 +96,8 @@ class Meanwhile:
         else:
             self._left = self._buffers_now()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Compare with what is there now, from now on."""
         self._before, self._trained = [dict(attributes) for _, attributes in self._below], self._trained_now()
         self._members = [dict(registry) for _, registry in self._registered]
         self._bound = [name.value for name in self._names]
@@ -104,12 +107,25 @@ class Meanwhile:
                 kept = (version_of(thing.value), None) if is_tensor else content(thing.value, may_be_large=False)
                 if kept is not None:
                     self._first.append(thing._replace(content=kept))
-            self._quick = QuickLook((), self._first, ())
+            outside = {name.where for name in self._names}
+            self._outside = [thing for thing in self._first if thing.module in outside]
+            self._quick, self._quick_outside = QuickLook((), self._first, ()), QuickLook((), self._outside, ())
 
-    def look_at_modes(self) -> None:
-        """Compare what all threads have in common; this matters inside of units, too."""
-        if self.change is None and (change := self._modes.change()) is not None:
+    def look_at_what_all_have(self) -> None:
+        """Compare modes of the process, and names and contents outside of modules: they matter inside of units, too."""
+        if self._before is None or self.change is not None:
+            return
+        if (change := self._modes.change()) is not None:
             self.change = f"it {change} for a while"
+            return
+        for bound, value in zip(self._names, self._bound, strict=True):
+            if bound.value is not value:
+                self.change = f"{bound.where} is set"
+                return
+        if self._outside:
+            with torch._C.DisableTorchFunction():
+                if not self._quick_outside.is_as_before() and (thing := _changed(self._outside)) is not None:
+                    self.change = f"the content of {thing.module} is changed for a while"
 
     def end(self) -> None:
         """The step is over."""
@@ -134,44 +150,42 @@ class Meanwhile:
 
     def look(self) -> None:
         """Compare now, if some unit has begun."""
-        if self._before is None or self.change is not None:
-            return
+        self.look_at_what_all_have()
+        if self._before is not None and self.change is None:
+            self.change = self._of_modules(self._before) or self._inside_of_modules()
+
+    def _of_modules(self, before: Sequence[dict[str, Any]]) -> str | None:
+        """What is different in attributes, parameters and registries; None if nothing is."""
         trained = self._trained_now()
-        for (name, now), before in zip(self._below, self._before, strict=True):
-            if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
-                self.change = _difference(name, now, before)
-                if self.change is not None:
-                    return
+        for (name, now), attributes in zip(self._below, before, strict=True):
+            if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
+                difference = _difference(name, now, attributes)
+                if difference is not None:
+                    return difference
         if trained != self._trained:
             pairs = zip(self._parameters.values(), trained, self._trained, strict=True)
             path, new, old = next((path, new, old) for (path, _), new, old in pairs if new != old)
-            self.change = (
-                f"requires_grad of {path} is switched within it"
-                if new[0] != old[0]
-                else f"the data of {path} are exchanged for a while"
-            )
-            return
+            if new[0] != old[0]:
+                return f"requires_grad of {path} is switched within it"
+            return f"the data of {path} are exchanged for a while"
         for (name, registry), members in zip(self._registered, self._members, strict=True):
             if len(registry) != len(members) or not all(map(is_, registry.values(), members.values())):
-                self.change = f"{name} is changed for a while"
-                return
-        for bound, value in zip(self._names, self._bound, strict=True):
-            if bound.value is not value:
-                self.change = f"{bound.where} is set"
-                return
+                return f"{name} is changed for a while"
+        return None
+
+    def _inside_of_modules(self) -> str | None:
+        """What is different inside of attributes."""
         with torch._C.DisableTorchFunction():
-            if not self._quick.is_as_before():
-                changed = (each for each in self._first if not is_same(each.value, each.content, quickly=True))
-                thing = next(changed, None)
-                if thing is not None:
-                    is_outside = any(name.where == thing.module for name in self._names)
-                    place = thing.module if is_outside else f"{thing.module}.{thing.key}"
-                    self.change = f"the content of {place} is changed for a while"
-                    return
+            if not self._quick.is_as_before() and (thing := _changed(self._first)) is not None:
+                return f"the content of {thing.module}.{thing.key} is changed for a while"
         for path, value, kept in self._containers:
             if not is_same(value, kept, quickly=True):
-                self.change = f"the content of {path} is changed for a while"
-                return
+                return f"the content of {path} is changed for a while"
+        return None
+
+
+def _changed(things: Sequence[Thing]) -> Thing | None:
+    return next((each for each in things if not is_same(each.value, each.content, quickly=True)), None)
 
 
 def _difference(name: str, now: dict[str, Any], before: dict[str, Any]) -> str | None:

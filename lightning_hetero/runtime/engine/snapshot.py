@@ -13,7 +13,6 @@ from lightning_hetero.runtime.engine.contents import Thing
 from lightning_hetero.runtime.engine.meanwhile import writes_of
 from lightning_hetero.runtime.engine.names import Name, names_of, read_in_forward
 from lightning_hetero.runtime.engine.quick_look import QuickLook
-from lightning_hetero.runtime.engine.state import ProcessModes
 from lightning_hetero.runtime.engine.watch import HOOKS
 from lightning_hetero.runtime.transfer import version_of
 
@@ -205,17 +204,10 @@ class Snapshot:
         modules = [module for _, module in self.modules if only is None or id(module) in only]
         parameters = [(parameter, trained) for _, parameter, trained in self._trained]
         quick = QuickLook(modules, self._inside[:_MOST_QUICKLY], parameters)
-        modes = ProcessModes.now()
-        names = [(name, name.value) for name in self._outside[:_MOST_QUICKLY]]
 
         def changed() -> str | None:
             with torch._C.DisableTorchFunction():  # or whoever watches operations sees what is asked for here
-                change = None if quick.is_as_before() else self.change_so_far(only)
-            if change is None:
-                change = modes.change()
-            if change is None:
-                change = next((f"sets {name.where}" for name, value in names if name.value is not value), None)
-            return change
+                return None if quick.is_as_before() else self.change_so_far(only)
 
         return changed
 

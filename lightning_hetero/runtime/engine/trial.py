@@ -32,6 +32,7 @@ from lightning_hetero.runtime.engine.comparison import close, is_finite, same, w
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.evaluating import evaluating, uncompiled
 from lightning_hetero.runtime.engine.gradient_trial import GradientTrial
+from lightning_hetero.runtime.engine.meanwhile import Meanwhile
 from lightning_hetero.runtime.engine.names import asks_for_gradients
 from lightning_hetero.runtime.engine.observer import Observer, Read
 from lightning_hetero.runtime.engine.overlap import have_overlap
@@ -181,8 +182,9 @@ class Trial:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # the run that counts says it again
-            observer = self._observer(tensors, snapshot)
-            reason, whole = self._observe(given, tensors, observer, snapshot)
+            meanwhile = Meanwhile(snapshot.modules, (), snapshot.inside(), snapshot.names)
+            observer = self._observer(tensors, snapshot, meanwhile)
+            reason, whole = self._observe(given, tensors, observer, snapshot, meanwhile)
             if reason is not None:
                 return Verdict(None, reason)
             # Without statistics of the batch and with constant random numbers: these are no sign of a coupling.
@@ -249,7 +251,7 @@ class Trial:
             return found if found.cut is None else Verdict(None, _reads(observer.reads[0]))
 
     def _observe(
-        self, given: Tree, tensors: list[Tensor], observer: Observer, snapshot: Snapshot
+        self, given: Tree, tensors: list[Tensor], observer: Observer, snapshot: Snapshot, meanwhile: Meanwhile
     ) -> tuple[str | None, Any]:
         """Run the region as it is. Why it cannot be cut, as far as that shows; and its output."""
         versions = [version_of(tensor) for tensor in tensors]
@@ -258,10 +260,12 @@ class Trial:
 
         def at_border() -> None:
             self._note(look)
+            meanwhile.at_border()
             if self._in_between is None and in_transform():
                 self._in_between = "calls parts inside a transform of torch.func"
 
         watch.at_border = at_border
+        meanwhile.begin()
         with observer:
             whole = self._call(given, tensors)
         watch.end()
@@ -284,7 +288,7 @@ class Trial:
         if self._owned.written:
             return f"its forward changes the parameter {self._owned.written[0]!r}", whole
         change = snapshot.change_so_far()
-        return None if change is None else f"its forward {change}", whole
+        return meanwhile.change if change is None else f"its forward {change}", whole
 
     def _reads_rows(self, observer: Observer, cut: Cut) -> str | None:
         for read in observer.reads:
@@ -394,9 +398,17 @@ class Trial:
         with Steady() if self._is_steady else nullcontext():
             return self._run(*args, **kwargs)
 
-    def _observer(self, tensors: Sequence[Tensor], snapshot: Snapshot) -> Observer:
+    def _observer(self, tensors: Sequence[Tensor], snapshot: Snapshot, meanwhile: Meanwhile) -> Observer:
         look = snapshot.look(self._own)
-        return Observer(tensors, snapshot.tensors(), self._owned, lambda: self._note(look))
+
+        def at_operation() -> None:
+            self._note(look)
+            if self._watch.in_unit:
+                meanwhile.look_at_what_all_have()
+            else:
+                meanwhile.look()
+
+        return Observer(tensors, snapshot.tensors(), self._owned, at_operation)
 
     def _note(self, look: Callable[[], str | None]) -> None:
         if self._in_between is None:
