@@ -15,6 +15,7 @@ from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.engine.faults import annotated
 from lightning_hetero.runtime.engine.state import ThreadState
 from lightning_hetero.runtime.engine.streams import Generator, held
+from lightning_hetero.runtime.frozen import Frozen
 from lightning_hetero.runtime.module_state import ModuleState
 from lightning_hetero.runtime.transfer import map_tensors, version_of
 
@@ -40,6 +41,7 @@ class CheckpointedCall:
         self._owner = owner
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         self._copies = owner.changes_inputs is not False
+        self._frozen = Frozen((args, kwargs))
         self._keep(args, kwargs)
         self._state = ThreadState((), saves=False)
         self._modules = ModuleState(owner.parts)
@@ -111,7 +113,7 @@ class CheckpointedCall:
                 self._given_versions.append((tensor, version_of(tensor)))
             return kept_of[id(tensor)]
 
-        self._inputs = map_tensors((args, kwargs), keep, self._owner.device)
+        self._inputs = self._frozen.of(map_tensors((args, kwargs), keep, self._owner.device))
 
     def _check_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out whether the module has changed its inputs: only then copies are needed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -327,6 +328,55 @@ def test_a_backward_may_be_repeated() -> None:
         torch.manual_seed(1)
         with placed(Blocks(), no_split=("Block",), checkpointed=flag, micro_batches=4) as each:
             loss = each.module(torch.randn(8, 8)).pow(2).sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+            found.append([p.grad.clone() for p in each.module.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Applies(nn.Module):
+    """Takes a function along. Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(self.b(torch.tanh(self.a(x)))) + x
+
+
+class Loops(nn.Module):
+    """Gives each layer a function of the loop's variables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Applies() for _ in range(3))
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, scales = 0, [1.0]
+        for number, layer in enumerate(self.layers):
+
+            def counts(z: Tensor) -> Tensor:
+                nonlocal count
+                count += 1
+                return torch.tanh(z * (number + 1)) * (count % 2 + 1)  # noqa: B023
+
+            def scaled(scales: list[float], z: Tensor) -> Tensor:
+                return counts(z) * scales[0]
+
+            x = layer(x, functools.partial(scaled, scales))
+            scales[0] += 1.0
+        return x
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 4}], ids=["connected", "forward"])
+def test_functions_that_a_module_is_given_are_those_of_the_call(options: dict[str, Any]) -> None:
+    found = []
+    for flag in (False, True):
+        torch.manual_seed(1)
+        with placed(Loops().double(), no_split=("Applies",), checkpointed=flag, **options) as each:
+            loss = each.module(torch.randn(8, 8, dtype=torch.float64)).pow(2).sum()
             loss.backward(retain_graph=True)
             loss.backward()
             found.append([p.grad.clone() for p in each.module.parameters() if p.grad is not None])

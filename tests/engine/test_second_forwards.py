@@ -6,6 +6,7 @@ User code may have changed by then what the forward depends on besides its input
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -61,6 +62,35 @@ class Scaled(nn.Module):
         factor = self.factor * self.settings.factor * self.slots.factor * self.scales["factor"] * sum(self.factors)
         h = torch.tanh(self.a(x) * factor * self.of_class * FACTOR * SCALES["factor"] - self.center.to(x.device))
         return self.b(self.norm(h)) + x  # type: ignore[no-any-return]
+
+
+class Applies(nn.Module):
+    """Takes a function along. Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(self.b(torch.tanh(self.a(x)))) + x
+
+
+@pytest.mark.parametrize("options", [{"rematerialize": True}, {}], ids=["rematerialize", ""])
+def test_functions_that_a_region_is_given_are_those_of_the_call(pair: MakePair, options: dict[str, Any]) -> None:
+    both = pair(Applies().double(), **options)
+
+    def loss(model: nn.Module) -> Tensor:
+        x, scales = rows(), [1.0]
+        for number in range(3):
+            of_loop = lambda scales, z: torch.sin(z * (number + 1)) * scales[0]  # noqa: E731, B023
+            x = model(x, functools.partial(of_loop, scales))
+            scales[0] += 1.0
+        return x.pow(2).mean()
+
+    for _ in range(3):
+        both.step(loss)
+        assert both.difference < ROUNDING
+    assert both.calls
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from lightning_hetero.runtime.engine.tree import Tree
 from lightning_hetero.runtime.engine.trial import Trial
 from lightning_hetero.runtime.engine.verdict import Verdict
 from lightning_hetero.runtime.engine.watch import Listener, Watch
+from lightning_hetero.runtime.frozen import Frozen
 from lightning_hetero.runtime.layout import Layout
 from lightning_hetero.schedule import Pipeline
 from lightning_hetero.schedule.rows import split_rows
@@ -273,6 +274,7 @@ class Engine:
             again=Again(
                 [*parameters, *_own(module._buffers for module in modules if module not in normalised)],
                 Surroundings(modules, attributes),
+                Frozen(given.values),
             )
             if torch.is_grad_enabled()
             else None,

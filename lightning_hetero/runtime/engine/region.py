@@ -126,6 +126,8 @@ class RegionCall(Call):
             lane.given = Fresh(self._ready, tensors)
         self._passed[lane.index] = tensors
         args, kwargs = task.given.build(tensors)
+        if records and task.rematerialized is not None and task.again is not None:
+            args, kwargs = task.again.frozen.of((args, kwargs))
         containers = contents((args, *kwargs.values())) if task.given.has_containers else []
         with torch.set_grad_enabled(records):
             if self.seed is None or not task.own_code_draws:
@@ -383,6 +385,8 @@ class RegionCall(Call):
         self.engine.stop_cutting(self.name, "its gradient is differentiated again (create_graph=True)")
         inputs = self.task.given.tensors
         args, kwargs = self.task.given.build(inputs)
+        if self.task.again is not None:
+            args, kwargs = self.task.again.frozen.of((args, kwargs))
         with self._again(), torch.enable_grad():
             outputs = Tree(self._state.run(lambda: self.task.whole(*args, **kwargs))).tensors
             pairs = [(outputs[place], g) for place, g in zip(self._traced, given, strict=True) if g is not None]

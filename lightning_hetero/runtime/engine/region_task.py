@@ -12,6 +12,7 @@ from lightning_hetero.runtime.engine.batch import Cut
 from lightning_hetero.runtime.engine.batch_norm import Deferred
 from lightning_hetero.runtime.engine.surroundings import Surroundings
 from lightning_hetero.runtime.engine.tree import Tree
+from lightning_hetero.runtime.frozen import Frozen
 
 
 class Again(NamedTuple):
@@ -20,10 +21,12 @@ class Again(NamedTuple):
     Attributes:
         unchanged: Parameters and buffers that have to be what they were.
         surroundings: Of the modules before the first run.
+        frozen: Functions among the inputs, as they were then.
     """
 
     unchanged: Sequence[Tensor]
     surroundings: Surroundings
+    frozen: Frozen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
