@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,3 +211,100 @@ def test_what_is_left_as_it_is_does_no_harm(pair: MakePair) -> None:
         both.step(squares)
         assert both.difference < ROUNDING
     assert both.calls
+
+
+class _Noisy(torch.autograd.Function):
+    """Adds noise to gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient + torch.randn_like(gradient)
+
+
+class Noisy(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        return self.second(_Noisy.apply(x))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class NoisyInside(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.naps = _Noisy.apply
+
+
+class PythonSeeded(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        before = random.getstate()
+        random.seed(len(self._modules))
+        x = x * random.random()
+        x = self.second(x) * random.random()
+        random.setstate(before)
+        return x
+
+
+class NumpySeeded(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        before = np.random.get_state()
+        np.random.seed(3)
+        x = x * float(np.random.rand())
+        x = self.second(x) * float(np.random.rand())
+        np.random.set_state(before)
+        return x
+
+
+class UsesGlobal(Layers):
+    def between(self, x: Tensor) -> Tensor:
+        return self.second(COUNTER(x))  # type: ignore[no-any-return]
+
+
+class Counter(nn.Module):
+    """Averages all that it sees, in order."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean.to(x.device) + x.detach().mean()
+        return x * (1 + self.mean)
+
+
+COUNTER = Counter()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Noisy, "its backward draws random numbers"),
+        (NoisyInside, "its backward draws random numbers"),
+        (PythonSeeded, "its code sets random numbers of Python or NumPy back"),
+        (NumpySeeded, "its code sets random numbers of Python or NumPy back"),
+        (UsesGlobal, "the buffer 'mean' of COUNTER"),
+    ],
+)
+def test_what_looks_as_if_nothing_had_happened(pair: MakePair, kind: type[Layers], reason: str) -> None:
+    torch.manual_seed(0)
+    both = pair(kind().double())
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        torch.manual_seed(5)
+        COUNTER.mean = torch.zeros((), dtype=torch.float64)
+        found = []
+        for _ in range(3):
+            model.zero_grad()
+            squares(model).backward()
+            found += [each.grad.cpu().clone() for each in model.parameters() if each.grad is not None]
+        return found
+
+    gradients(both.model)
+    for found, expected in zip(gradients(both.model), gradients(both.alone), strict=True):
+        assert kind in (Noisy, NoisyInside) or torch.allclose(found, expected, rtol=0, atol=ROUNDING)
+    for found, again in zip(gradients(both.model), gradients(both.model), strict=True):
+        assert torch.equal(found, again)
+    assert any(reason in each for each in both.engine.reasons), both.engine.reasons

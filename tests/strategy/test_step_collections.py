@@ -244,6 +244,21 @@ class Copied(Collects):
         self.metrics["square"].update(x * so_far.compute())
 
 
+GLOBAL = Trend()
+
+
+class Global(Collects):
+    """Has a metric that is no attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        GLOBAL.reset()
+
+    def use(self, x: Tensor) -> None:
+        GLOBAL.update(x)
+        self.metrics["square"].update(GLOBAL.value)
+
+
 class Appends(Collects):
     """Adds to a state itself."""
 
@@ -265,6 +280,7 @@ class Appends(Collects):
         (Counts, "it reads the state of MetricCollection, which depends on the micro-batches before"),
         (Copied, "it reads the state of MetricCollection, which depends on the micro-batches before"),
         (Appends, "the state of CatMetric is set, and not by its update"),
+        (Global, "GLOBAL._update_count is set"),
     ],
 )
 def test_code_that_has_its_way_with_states_runs_one_by_one(

@@ -54,6 +54,7 @@ class GradientTrial:
         traced: Places of the outputs that have a graph in the call of user code, once `adds_up` was called.
         upstream: Places of those of which other outputs are made, likewise.
         accumulates: Whether code of a backward adds to `grad` of parameters by itself.
+        draws: Whether it draws random numbers.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class GradientTrial:
         self.traced: tuple[int, ...] = ()
         self.upstream: tuple[int, ...] = ()
         self.accumulates = False
+        self.draws = False
 
     def adds_up(self, tensors: Sequence[Tensor], cut: Cut, rows: int) -> bool:
         """Whether the gradients of the rows are the sums of those of the parts.
@@ -146,6 +148,7 @@ class GradientTrial:
                 parts = [run.gradients([*leaves.values()], first, rows) for run, first in ((head, 0), (tail, 1))]
                 expected = whole.gradients([*leaves.values()], 0, rows)
             self.accumulates = self.accumulates or any(run.accumulates for run in (head, tail, whole))
+            self.draws = self.draws or any(run.draws for run in (head, tail, whole))
         found = [
             torch.cat([a, b]) if place in cut.positions and a.dim() else a + b
             for place, (a, b) in enumerate(zip(*parts, strict=True))
@@ -207,6 +210,7 @@ class _Run:
         added: Leaves that were added to what was looked up.
         of_added: Their gradients.
         accumulates: Whether code of a backward has added to `grad` of leaves by itself.
+        draws: Whether it draws random numbers.
     """
 
     def __init__(self, run: Run, tensors: Sequence[Tensor], adds_leaves: bool, is_alone: Callable[[], bool]) -> None:
@@ -218,6 +222,7 @@ class _Run:
         self.added = adding.leaves
         self.of_added: list[Tensor] = []
         self.accumulates = False
+        self.draws = False
         self.outputs = [(place, output) for place, output in enumerate(outputs) if output.requires_grad]
         _, self.leaves, self.nodes = walk([output for _, output in self.outputs])
 
@@ -231,8 +236,9 @@ class _Run:
         found: dict[int, Tensor] = {}
         with _without_hooks(leaves), self._undone(leaves):
             for number, group in enumerate(groups, 1):
-                with Steady():  # activation checkpointing runs the forward again
+                with Steady() as steady:  # activation checkpointing runs the forward again
                     result = gradients(outputs, given, group, keep_graph=number < len(groups))
+                self.draws = self.draws or steady.drew
                 for leaf, gradient in zip(group, result, strict=True):
                     if gradient is not None:
                         found[id(leaf)] = _whole(gradient) if id(leaf) in whole else _sketch(gradient)

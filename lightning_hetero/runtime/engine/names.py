@@ -12,7 +12,7 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hetero.runtime.engine.contents import (
     CONTAINERS,
@@ -79,10 +79,17 @@ class Name:
     @property
     def things(self) -> Iterator[Thing]:
         """What can change inside, and iterators."""
+        return (thing for thing in self._found() if isinstance(thing, Thing))
+
+    @property
+    def modules(self) -> Iterator[nn.Module]:
+        """Those that it is bound to, or that are inside."""
+        return (thing for thing in self._found() if isinstance(thing, nn.Module))
+
+    def _found(self) -> Iterator[Thing | nn.Module]:
         if self._value is _MISSING:
             return iter(())
-        found = things(self.where, self._name, self._value, set(), may_be_large=False)
-        return (thing for thing in found if isinstance(thing, Thing))
+        return things(self.where, self._name, self._value, set(), may_be_large=False)
 
     def put_back(self) -> bool:
         """Undo a change. Returns whether there was one."""
@@ -159,7 +166,7 @@ def _named_by(todo: list[Any], packages: set[str]) -> Iterator[Name]:
                     of_class = [(each, it) for each, it in vars(base).items() if not each.startswith("__")]
                     for each in (each for each, it in of_class if _is_bound_anew(it)):
                         yield Name(base, each, f"the attribute {each!r} of class {base.__name__}")
-            elif _is_bound_anew(value) and (id(owner), name) not in seen:
+            elif (_is_bound_anew(value) or isinstance(value, nn.Module)) and (id(owner), name) not in seen:
                 seen.add((id(owner), name))
                 yield Name(owner, name, where)
 

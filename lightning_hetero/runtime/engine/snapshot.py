@@ -43,7 +43,7 @@ class Snapshot:
         given: What it is called with beside tensors: functions, other modules, classes.
 
     Attributes:
-        modules: Names and modules: those below the module, those that hide in its attributes, and those given.
+        modules: Names and modules: those below the module, those that hide in its attributes, those given, and globals.
     """
 
     def __init__(self, module: nn.Module, given: Iterable[Any] = ()) -> None:
@@ -57,6 +57,7 @@ class Snapshot:
         self._kinds |= {value for value in given if isinstance(value, type) and contents.is_users(value)}
         self._outside = list(names_of({*(type(each) for _, each in self.modules), *self._kinds}, functions))
         self._functions = functions
+        self._look_outside()
         self._inside += [thing for each in self._outside for thing in each.things]
         outside = {bound.where for bound in self._outside}
         self._iterators = [
@@ -125,6 +126,15 @@ class Snapshot:
     def names(self) -> list[Name]:
         """Names outside of modules that their code may bind anew."""
         return self._outside
+
+    def sets_numbers_back(self, start: str = "forward") -> bool:
+        """Whether the code names what sets a generator of Python or NumPy to a state: it looks as if nobody had drawn.
+
+        Args:
+            start: See `iterator_used`.
+        """
+        names = read_in_forward({type(each) for _, each in self.modules}, self._functions, self._kinds, start).names
+        return "setstate" in names or ("set_state" in names and not names.isdisjoint(("np", "numpy")))
 
     def iterator_used(self, start: str = "forward") -> str | None:
         """An iterator that the code uses and that cannot be put back, in words; None if there is none.
@@ -281,6 +291,23 @@ class Snapshot:
             for key, value in module.__dict__.items():
                 if key not in _IGNORED and key not in _EVERY_MODULE_HAS:
                     self._look_into(_called(name, module), key, value, known, seen)
+
+    def _look_outside(self) -> None:
+        """Find modules that are globals, or in them, and what is inside of their attributes."""
+        known, first = {id(each) for _, each in self.modules}, len(self.modules)
+        for bound in self._outside:
+            for found in bound.modules:
+                new = [(f"{bound.name}.{path}".rstrip("."), part) for path, part in found.named_modules()]
+                if any(part is self.modules[0][1] for _, part in new):
+                    new = [(bound.name, found)]  # a module above this one
+                new = [(path, part) for path, part in new if id(part) not in known]
+                self.modules += new
+                known.update(id(part) for _, part in new)
+        seen: set[int] = set()
+        for name, module in self.modules[first:]:
+            for key, value in module.__dict__.items():
+                if key not in _IGNORED and key not in _EVERY_MODULE_HAS:
+                    self._look_into(name, key, value, known, seen)
 
     def _look_into(self, owner: str, key: str, value: Any, known: set[int], seen: set[int]) -> None:
         for found in contents.things(owner, key, value, seen):

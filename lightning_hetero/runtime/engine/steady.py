@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_hetero.runtime.engine.state import saves_otherwise
+
 _FILLED = frozenset({"rand", "rand_like", "randn", "randn_like", "normal"})
 _FILLED_IN_PLACE = frozenset({"cauchy_", "exponential_", "log_normal_", "normal_", "uniform_"})
 _INTEGERS = frozenset({"randint", "randint_like"})
@@ -25,12 +27,20 @@ class Steady(TorchFunctionMode):
     Only for comparisons of a module with itself. What is not known here goes on drawing, so that the comparison fails:
     that is the safe side. Orders (`randperm`) are reversed and not left as they are, which would hide that rows are
     mixed.
+
+    Attributes:
+        drew: Whether something would have drawn that activation checkpointing has not run again.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drew = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, and replace what it drew."""
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        self.drew = self.drew or ((name in DRAWING or "dropout" in name) and not saves_otherwise())
         if "dropout" in name:
             x = args[0] if args else kwargs["input"]
             return (x, torch.ones_like(x, dtype=torch.bool)) if name == "native_dropout" else x

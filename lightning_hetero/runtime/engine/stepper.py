@@ -270,6 +270,8 @@ class Stepper:
             reason = f"{drawer} draws random numbers and sets their generator back"
         if reason is None and snapshot.of_thread is not None:
             reason = f"its code uses {snapshot.of_thread}, whose value each thread has for itself"
+        if reason is None and snapshot.sets_numbers_back(self._name):
+            reason = "its code sets random numbers of Python or NumPy back"
         if reason is None and (iterator := snapshot.iterator_used(self._name)) is not None:
             reason = f"it uses {iterator}"
         for unit in watch.units:

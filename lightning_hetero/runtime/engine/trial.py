@@ -162,6 +162,8 @@ class Trial:
             return f"its forward uses {iterator}, which cannot be put back after a trial"
         if snapshot.of_thread is not None:
             return f"its code uses {snapshot.of_thread}, whose value each thread has for itself"
+        if snapshot.sets_numbers_back():
+            return "its code sets random numbers of Python or NumPy back"
         return None
 
     def _try(
@@ -385,6 +387,8 @@ class Trial:
         if watch.called_in_backward is not None:
             # In a lane, its graph would not show its parameters, for which the caller may differentiate.
             return f"the backward of its code calls {watch.called_in_backward}"
+        if trial.draws or watch.drew_in_backward:
+            return "its backward draws random numbers"
         if trial.accumulates:
             return "code of its backward adds to gradients of parameters by itself"
         self._traced, self._upstream = trial.traced, trial.upstream

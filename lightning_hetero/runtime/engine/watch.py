@@ -75,6 +75,7 @@ class Watch:
         stateful: `id` of the modules in them that do, by number.
         runs_again: Name of one that was called under activation checkpointing from outside; None if none was.
         called_in_backward: Name of one that code of a backward called, but for what checkpointing runs again; likewise.
+        drew_in_backward: Whether code of a backward drew random numbers.
         other_backwards: Says how many other backwards there are.
     """
 
@@ -99,6 +100,7 @@ class Watch:
         self._is_backward = False
         self.runs_again: str | None = None
         self.called_in_backward: str | None = None
+        self.drew_in_backward = False
         self.other_backwards: Callable[[], int] = int
 
     def note_saving(self) -> None:
@@ -157,8 +159,10 @@ class Watch:
     def backward(self) -> Iterator[None]:
         """Within the block, code runs only because autograd calls it."""
         self._is_backward = True
+        before = self._generators.states()
         try:
             yield
+            self.drew_in_backward = self.drew_in_backward or bool(self._generators.drawn_since(before))
         finally:
             self._is_backward = False
 
