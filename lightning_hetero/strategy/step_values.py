@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class StepValues:
         self._calls: dict[int, _Calls] = {}
         self._twins: dict[int, Metric] = {}
         self._unwanted: set[int] = set()
+        self._known: dict[int, weakref.ref[Metric]] = {}  # whose these are: an `id` may be that of another one later
         self._logged: set[int] = set()
         self._is_open = False
 
@@ -66,6 +68,7 @@ class StepValues:
             return
         calls = self._calls.get(id(metric))
         if calls is None:
+            self._forget_others(metric)
             calls = self._calls[id(metric)] = _Calls(metric, twin=self._twin(metric))
         calls.values.append(_detached(value))
         if calls.twin is not None:
@@ -108,6 +111,13 @@ class StepValues:
             twin.distributed_available_fn = _never  # the value of a step is that of this process
             self._twins[id(metric)] = twin
         return twin
+
+    def _forget_others(self, metric: Metric) -> None:
+        known = self._known.get(id(metric))
+        if known is None or known() is not metric:
+            self._known[id(metric)] = weakref.ref(metric)
+            self._twins.pop(id(metric), None)
+            self._unwanted.discard(id(metric))
 
     def _settle(self, key: int, calls: _Calls) -> None:
         if key in self._logged:

@@ -110,9 +110,16 @@ class Inside(nn.Linear):
         return value + late(tangent)
 
 
-class Mapped(Tangents):
+class Ensemble(Tangents):
+    """Maps a part over two sets of weights."""
+
     def between(self, x: Tensor) -> Tensor:
-        return torch.func.vmap(self.second)(x)
+        weights = {name: torch.stack([each, 2 * each]) for name, each in self.second.named_parameters()}
+
+        def of_one(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+            return torch.func.functional_call(self.second, weights, (x,))  # type: ignore[no-any-return]
+
+        return torch.func.vmap(of_one, in_dims=(0, None))(weights, x).mean(0)
 
 
 class OtherWeights(Layers):
@@ -184,10 +191,10 @@ class Cached(Layers):
         (OfClass, "Settings.scale is set"),
         (OfModule, "the global 'SCALE' is set"),
         (OtherDtype, "sets the default dtype of torch for a while"),
-        (Tangents, "calls parts inside a transform of torch.func for a while"),
+        (Tangents, "differentiates in forward mode for a while"),
         (TangentsInside, "differentiates in forward mode for a while"),
-        (Mapped, "calls parts inside a transform of torch.func for a while"),
         (OtherWeights, "second.linear._parameters is changed for a while"),
+        (Ensemble, "second.linear._parameters is changed for a while"),
         (OtherParts, "second._modules is changed for a while"),
         (OtherData, "the data of second.linear.weight are exchanged for a while"),
         (OtherBuffer, "the buffer second.scale is changed, and not by the forward of its module"),

@@ -152,11 +152,6 @@ def are_operations_counted() -> bool:
     return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
 
 
-def in_transform() -> bool:
-    """Whether this thread is inside a transform of torch.func."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def stays_in_its_thread() -> str | None:
     """Why what runs now cannot go on in another thread; None if it can.
 
@@ -165,7 +160,7 @@ def stays_in_its_thread() -> str | None:
     """
     if torch.compiler.is_dynamo_compiling():  # in this thread; `is_compiling` is true in all while one compiles
         return "it is being compiled"
-    if in_transform():
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it runs inside a transform of torch.func"
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active"

@@ -41,7 +41,7 @@ from lightning_hetero.runtime.engine.readings import Readings
 from lightning_hetero.runtime.engine.refused import methods_refused
 from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.sources import OtherSources
-from lightning_hetero.runtime.engine.state import in_transform, saves_otherwise
+from lightning_hetero.runtime.engine.state import saves_otherwise
 from lightning_hetero.runtime.engine.steady import Steady
 from lightning_hetero.runtime.engine.streams import Generators
 from lightning_hetero.runtime.engine.tree import Tree
@@ -263,8 +263,6 @@ class Trial:
         def at_border() -> None:
             self._note(look)
             meanwhile.at_border()
-            if self._in_between is None and in_transform():
-                self._in_between = "calls parts inside a transform of torch.func"
 
         watch.at_border = at_border
         meanwhile.begin()
@@ -387,6 +385,8 @@ class Trial:
         if watch.called_in_backward is not None:
             # In a lane, its graph would not show its parameters, for which the caller may differentiate.
             return f"the backward of its code calls {watch.called_in_backward}"
+        if watch.draws_again is not None:
+            return f"{watch.draws_again} draws random numbers under activation checkpointing from outside"
         if trial.draws or watch.drew_in_backward:
             return "its backward draws random numbers"
         if trial.accumulates:

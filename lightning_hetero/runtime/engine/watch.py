@@ -76,6 +76,7 @@ class Watch:
         runs_again: Name of one that was called under activation checkpointing from outside; None if none was.
         called_in_backward: Name of one that code of a backward called, but for what checkpointing runs again; likewise.
         drew_in_backward: Whether code of a backward drew random numbers.
+        draws_again: Name of one that draws and was called under activation checkpointing from outside, in comparisons.
         other_backwards: Says how many other backwards there are.
     """
 
@@ -101,6 +102,7 @@ class Watch:
         self.runs_again: str | None = None
         self.called_in_backward: str | None = None
         self.drew_in_backward = False
+        self.draws_again: str | None = None
         self.other_backwards: Callable[[], int] = int
 
     def note_saving(self) -> None:
@@ -118,6 +120,8 @@ class Watch:
         """What is drawn within the block is drawn by `unit`, or by the unit around it."""
         if self._is_backward and not saves_otherwise():
             self.called_in_backward = unit.name
+        if self._over and not self._depth and saves_otherwise() and unit in self.units:
+            self.draws_again = unit.name
         if self._over or self._depth:
             around, self.current = self.current, self.current or unit
             self._depth += 1
