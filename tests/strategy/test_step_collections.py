@@ -18,7 +18,7 @@ from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 from torchmetrics.wrappers import MinMaxMetric, MultitaskWrapper
 
-from lightning_hetero.testing.lightning_module import Classifier, data
+from lightning_hetero.testing.lightning_module import Classifier, data, difference
 from lightning_hetero.testing.naps import nap
 
 STEPS = {"strategy": {"micro_batches": 4, "micro_batching": "step"}}
@@ -443,3 +443,27 @@ def test_a_forward_that_decides_by_a_metric_is_asked_each_time(plain: Any, heter
         return found
 
     assert losses(hetero(strategy={"micro_batches": 2})) == pytest.approx(losses(plain()), abs=1e-6)
+
+
+def test_metrics_may_be_updated_before_a_second_forward(plain: Any, hetero: Any) -> None:
+    """The forward does not look at them."""
+
+    class Means(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.metrics = MeanMetric(), MetricCollection([MulticlassAccuracy(4), MulticlassPrecision(4)])
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            logits = self(batch[0])
+            loss = F.cross_entropy(logits, batch[1])
+            self.mean.update(loss.detach())
+            self.metrics.update(logits, batch[1])
+            return loss
+
+    alone, spread = Means(), Means()
+    plain().fit(alone, data(rows=48, batch_size=16))
+    hetero(devices=EMULATED, strategy={"micro_batches": 4, "rematerialize": True}).fit(
+        spread, data(rows=48, batch_size=16)
+    )
+    assert difference(alone, spread) < 1e-12
+    assert float(alone.mean.compute()) == pytest.approx(float(spread.mean.compute()))

@@ -273,7 +273,7 @@ class Engine:
             buffers=_own(module._buffers for module in modules),
             again=Again(
                 [*parameters, *_own(module._buffers for module in modules if module not in normalised)],
-                Surroundings(modules, attributes),
+                Surroundings(region.keys.used, attributes),
                 Frozen(given.values),
             )
             if torch.is_grad_enabled()

@@ -33,12 +33,14 @@ class Keys:
 
     Attributes:
         hidden: Modules that were found in attributes at the last call, beside those of the region.
+        used: All modules that its code may look at: metrics that it does not name are none of them.
         changing: Name of a value that keeps changing, that the code reads, and that is another one at the last call
             than at all that were tried; None if there is none.
     """
 
     def __init__(self) -> None:
         self.hidden: Sequence[nn.Module] = ()
+        self.used: Sequence[nn.Module] = ()
         self.changing: str | None = None
         self._calls = 0
         self._settings = Settings()
@@ -70,7 +72,7 @@ class Keys:
         self._calls += 1
         found = self._settings.look(parts, given.values)
         modules = found.modules
-        self.hidden = found.hidden
+        self.hidden, self.used = found.hidden, modules
         trained = [id(each) for part in self.hidden for each in part._parameters.values() if _is_trained(each)]
         now = (
             [(id(part), *map(len, _HOOKS(part))) for part in modules],
