@@ -113,3 +113,14 @@ class Between(nn.Module):
     def forward(self, x: Tensor, *more: Any) -> Any:
         """First layer, function, second layer."""
         return self.b(self.function(self, self.a(x), *more))
+
+
+class Applies(nn.Module):
+    """Takes a function along. Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: D102
+        return function(self.b(torch.tanh(self.a(x)))) + x

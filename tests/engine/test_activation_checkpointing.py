@@ -29,7 +29,7 @@ from lightning_hetero.runtime.modes import activate, deactivate
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.schedule import get_schedule
 from lightning_hetero.testing.accelerator import EmulatedAccelerator
-from lightning_hetero.testing.cut_models import Twice
+from lightning_hetero.testing.cut_models import Applies, Twice
 from lightning_hetero.testing.models import MODELS
 
 EMULATED = "cpu@speed=1,cpu@speed=1,cpu@speed=1"
@@ -332,17 +332,6 @@ def test_a_backward_may_be_repeated() -> None:
             loss.backward()
             found.append([p.grad.clone() for p in each.module.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-class Applies(nn.Module):
-    """Takes a function along. Shape (rows, 8)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(self.b(torch.tanh(self.a(x)))) + x
 
 
 class Loops(nn.Module):

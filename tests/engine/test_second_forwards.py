@@ -25,6 +25,7 @@ from lightning_hetero.graph.find import find_units
 from lightning_hetero.placement import Problem, get_policy, make_plan
 from lightning_hetero.runtime.engine.surroundings import Surroundings
 from lightning_hetero.runtime.placed import Pipelining, PlacedModel
+from lightning_hetero.testing.cut_models import Applies
 
 MakePair = Callable[..., Any]
 ROUNDING = 1e-12
@@ -62,17 +63,6 @@ class Scaled(nn.Module):
         factor = self.factor * self.settings.factor * self.slots.factor * self.scales["factor"] * sum(self.factors)
         h = torch.tanh(self.a(x) * factor * self.of_class * FACTOR * SCALES["factor"] - self.center.to(x.device))
         return self.b(self.norm(h)) + x  # type: ignore[no-any-return]
-
-
-class Applies(nn.Module):
-    """Takes a function along. Shape (rows, 8)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(self.b(torch.tanh(self.a(x)))) + x
 
 
 @pytest.mark.parametrize("options", [{"rematerialize": True}, {}], ids=["rematerialize", ""])

@@ -43,7 +43,8 @@ The pieces, from the bottom up::
     region          one pipelined call of a region, forward and backward
     order           under which keys micro-batches have an order
     turnstile       micro-batches one after the other, where their order matters
-    gate            metrics, used by micro-batches in their order
+    gate            a metric, used by micro-batches in their order
+    gates           all metrics of a model
     handed_on       methods of the whole batch that parts of a model were given
     notes           calls of such methods, noted for each micro-batch
     calls           what a step calls in its rehearsal

@@ -14,7 +14,8 @@ from lightning_hetero.errors import UnsupportedError
 from lightning_hetero.runtime.engine.batch import Path, batch_rows, cut_rows, not_of_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
 from lightning_hetero.runtime.engine.calls import Calls
-from lightning_hetero.runtime.engine.gate import Gates, Seen
+from lightning_hetero.runtime.engine.gate import Seen
+from lightning_hetero.runtime.engine.gates import Gates
 from lightning_hetero.runtime.engine.in_turn import InTurn
 from lightning_hetero.runtime.engine.intercept import Region
 from lightning_hetero.runtime.engine.meanwhile import Meanwhile
