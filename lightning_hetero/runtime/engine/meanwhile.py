@@ -37,6 +37,7 @@ class Meanwhile:
         ignored: `id` of modules that are not looked at.
         inside: What can change inside of attributes and names.
         names: Names outside of modules.
+        beside: Whether somebody else looks at attributes and what is inside of them (`Snapshot.look`).
 
     Attributes:
         change: What was different at some moment, in words that follow "because"; None if nothing was.
@@ -48,7 +49,10 @@ class Meanwhile:
         ignored: Container[int],
         inside: Sequence[Thing] = (),
         names: Sequence[Name] = (),
+        *,
+        beside: bool = False,
     ) -> None:
+        self._is_beside = beside
         self._inside, self._names = inside[:_MOST], names[:_MOST]
         self._registered = [
             (f"{name}.{key}".lstrip("."), registry)
@@ -81,7 +85,12 @@ class Meanwhile:
         self._first: list[Thing] = []  # what was inside
         self._outside: list[Thing] = []  # of modules, among these
         self._bound: list[Any] = []  # to names
-        self._members: list[dict[str, Any]] = []  # of registries
+        # Most registries are empty, and there are a dozen for each module: these are looked at all at once.
+        self._empty: list[dict[str, Any]] = []
+        self._filled: list[tuple[dict[str, Any], Sequence[Any]]] = []
+        self._plain: list[Tensor] = []  # parameters that have a place
+        self._places: list[int] = []
+        self._flags: list[bool] = []
         self._modes = ProcessModes.now()
         self.change: str | None = None
 
@@ -99,7 +108,13 @@ class Meanwhile:
     def begin(self) -> None:
         """Compare with what is there now, from now on."""
         self._before, self._trained = [dict(attributes) for _, attributes in self._below], self._trained_now()
-        self._members = [dict(registry) for _, registry in self._registered]
+        self._empty = [registry for _, registry in self._registered if not registry]
+        self._filled = [(registry, [*registry.values()]) for _, registry in self._registered if registry]
+        parameters = [each for _, each in self._parameters.values()]
+        with torch._C.DisableTorchFunction():
+            self._plain = [each for each in parameters if _place_of(each)]
+            self._places = [each.data_ptr() for each in self._plain]
+            self._flags = [each.requires_grad for each in parameters]
         self._bound = [name.value for name in self._names]
         with torch._C.DisableTorchFunction():
             for thing in self._inside:
@@ -156,25 +171,41 @@ class Meanwhile:
 
     def _of_modules(self, before: Sequence[dict[str, Any]]) -> str | None:
         """What is different in attributes, parameters and registries; None if nothing is."""
-        trained = self._trained_now()
-        for (name, now), attributes in zip(self._below, before, strict=True):
+        for (name, now), attributes in () if self._is_beside else zip(self._below, before, strict=True):
             if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
                 difference = _difference(name, now, attributes)
                 if difference is not None:
                     return difference
-        if trained != self._trained:
+        if self._are_parameters_changed():
+            trained = self._trained_now()
             pairs = zip(self._parameters.values(), trained, self._trained, strict=True)
             path, new, old = next((path, new, old) for (path, _), new, old in pairs if new != old)
             if new[0] != old[0]:
                 return f"requires_grad of {path} is switched within it"
             return f"the data of {path} are exchanged for a while"
-        for (name, registry), members in zip(self._registered, self._members, strict=True):
-            if len(registry) != len(members) or not all(map(is_, registry.values(), members.values())):
-                return f"{name} is changed for a while"
-        return None
+        changed = next(filter(None, self._empty), None) if any(self._empty) else None
+        for registry, members in self._filled:
+            if len(registry) != len(members) or not all(map(is_, registry.values(), members)):
+                changed = registry
+                break
+        if changed is None:
+            return None
+        name = next(name for name, registry in self._registered if registry is changed)
+        return f"{name} is changed for a while"
+
+    def _are_parameters_changed(self) -> bool:
+        with torch._C.DisableTorchFunction():  # or whoever watches operations sees each parameter that is asked
+            if [each.requires_grad for _, each in self._parameters.values()] != self._flags:
+                return True
+            try:
+                return [each.data_ptr() for each in self._plain] != self._places
+            except (NotImplementedError, RuntimeError):  # it has been given data of another kind
+                return True
 
     def _inside_of_modules(self) -> str | None:
         """What is different inside of attributes."""
+        if self._is_beside:
+            return None
         with torch._C.DisableTorchFunction():
             if not self._quick.is_as_before() and (thing := _changed(self._first)) is not None:
                 return f"the content of {thing.module}.{thing.key} is changed for a while"

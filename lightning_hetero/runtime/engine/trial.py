@@ -184,7 +184,7 @@ class Trial:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # the run that counts says it again
-            meanwhile = Meanwhile(snapshot.modules, (), snapshot.inside(), snapshot.names)
+            meanwhile = Meanwhile(snapshot.modules, (), snapshot.inside(), snapshot.names, beside=True)
             observer = self._observer(tensors, snapshot, meanwhile)
             reason, whole = self._observe(given, tensors, observer, snapshot, meanwhile)
             if reason is not None:
