@@ -83,6 +83,37 @@ def test_functions_that_a_region_is_given_are_those_of_the_call(pair: MakePair, 
     assert both.calls
 
 
+class Counting(nn.Module):
+    """Has a counter that others move on, and one that it looks at itself. Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x))) * self.scale.to(x.device)  # type: ignore[no-any-return]
+
+
+def test_a_counter_of_steps_may_move_on_before_the_backward(pair: MakePair) -> None:
+    both = pair(Counting().double(), rematerialize=True)
+
+    def loss(model: Any) -> Tensor:
+        result = model(rows()).pow(2).mean()
+        model.steps += 1
+        return result  # type: ignore[no-any-return]
+
+    for _ in range(3):
+        both.step(loss)
+        assert both.difference < ROUNDING
+    assert both.calls
+    result = both.model(rows()).pow(2).mean()
+    both.model.scale += 1
+    with pytest.raises(RuntimeError, match="an input, parameter or buffer of Counting was changed in place after the"):
+        result.backward()
+
+
 @contextmanager
 def changed(kind: str, model: nn.Module) -> Iterator[None]:
     """Within the block something is set in all `Scaled` of a model."""

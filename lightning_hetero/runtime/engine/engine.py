@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -20,6 +20,7 @@ from lightning_hetero.runtime.emulate import Pace
 from lightning_hetero.runtime.engine.attributes import Attributes
 from lightning_hetero.runtime.engine.batch import has_item_for_each_row, size_of
 from lightning_hetero.runtime.engine.batch_norm import Deferred, using_batch
+from lightning_hetero.runtime.engine.contents import is_users
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.ended import EndedThreads
 from lightning_hetero.runtime.engine.intercept import Region
@@ -51,6 +52,10 @@ log = logging.getLogger(__name__)
 
 _MOST_TRIES = 3  # of a region that changes something: it may be a cache, which is filled at the first call
 _MOST_VERDICTS = 64  # that a region keeps
+# By these names code gets at buffers of any name.
+_NAMES_ANY_BUFFER = (
+    "__dict__", "__getattribute__", "_buffers", "buffers", "getattr", "named_buffers", "state_dict", "vars",
+)  # fmt: skip
 _TRIALS_AT_ONCE = 32  # that a region may have before its calls have to pay for them
 _CALLS_PER_TRIAL = 8
 
@@ -272,7 +277,7 @@ class Engine:
             views=verdict.views,
             buffers=_own(module._buffers for module in modules),
             again=Again(
-                [*parameters, *_own(module._buffers for module in modules if module not in normalised)],
+                [*parameters, *_own(_that_count(each, region.names) for each in modules if each not in normalised)],
                 Surroundings(region.keys.used, attributes),
                 Frozen(given.values),
             )
@@ -428,6 +433,18 @@ def _modules(root: nn.Module) -> list[nn.Module]:
             if module._modules:
                 todo += [child for child in list(module._modules.values())[::-1] if child is not None]
     return list(found)
+
+
+def _that_count(module: nn.Module, names: Container[str]) -> Mapping[str, Any]:
+    """The buffers of a module that its forward may look at: a counter of steps is for others.
+
+    Args:
+        module: The module.
+        names: What the code of the region names.
+    """
+    if not is_users(type(module)) or any(name in names for name in _NAMES_ANY_BUFFER):
+        return module._buffers
+    return {name: buffer for name, buffer in module._buffers.items() if name in names}
 
 
 def _own(found: Iterable[Mapping[str, Any]]) -> list[Any]:

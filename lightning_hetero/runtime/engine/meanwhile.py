@@ -128,10 +128,11 @@ class Meanwhile:
 
     def look_at_what_all_have(self) -> None:
         """Compare modes of the process, and names and contents outside of modules: they matter inside of units, too."""
-        if self._before is None or self.change is not None:
+        if self.change is not None:
             return
         if (change := self._modes.change()) is not None:
             self.change = f"it {change} for a while"
+        if self._before is None or self.change is not None:
             return
         for bound, value in zip(self._names, self._bound, strict=True):
             if bound.value is not value:
