@@ -86,6 +86,39 @@ def test_a_backward_that_calls_parts_of_the_model(
     assert "one after the other, because" in caplog.text
 
 
+class Given(nn.Module):
+    """Hands its weight to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, function: Any) -> Tensor:
+        return function(torch.tanh(self.weight) * 1.5)  # type: ignore[no-any-return]
+
+
+class PartCallsPart(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"a": nn.Linear(8, 8), "b": Given(), "c": nn.Linear(8, 8)}).double()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        h = torch.tanh(self.net["a"](batch[0]))
+        return self.net["b"](lambda weight: self.net["c"](h @ weight)).pow(2).mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_part_that_calls_another_part(again: bool, plain: Any, hetero: Any, caplog: Any) -> None:
+    alone, spread = PartCallsPart(), PartCallsPart()
+    plain(accumulate_grad_batches=4, max_epochs=2).fit(alone, data(4))
+    options = {**STEPS, "max_epochs": 2}
+    options["strategy"] = {**STEPS["strategy"], "activation_checkpointing": again, "hang_timeout_s": 20.0}
+    hetero(placement="round_robin", **options).fit(spread, data(16))
+    assert difference(alone, spread) < 1e-15
+    reason = "net.b calls another part, and its forward runs again under activation checkpointing"
+    assert (f"one after the other, because {reason}" in caplog.text) == again
+
+
 def data(batch_size: int) -> Any:
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return DataLoader(TensorDataset(x), batch_size=batch_size)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.call import Call
 
 _detach = methodcaller("detach")
+_OURS = frozenset({"BothBackward", "ExitBackward"})  # nodes of calls of units
 _NO_KWARGS: dict[str, Any] = {}
 NO_GRADIENT = torch.zeros((), device="cpu")  # what every phony gets; nobody looks at it
 
@@ -137,6 +138,9 @@ class UnitCall:
         self._homes = inputs.homes
         self._places = None if handed is outputs else _places(outputs, handed)
         self._edges, leaves, nodes = walk(outputs, known=inputs.leaves)
+        if unit.runs_again and any(type(node).__name__ in _OURS for node in nodes):
+            # Its backward is alone with the generators, and would wait for that of the other part.
+            raise CannotCutError(f"{unit.name} calls another part, and runs again under activation checkpointing")
         self.leaves = unit.homes(leaves)
         self.inner: set[Node] | None = nodes if call.checks_capture else None
         self._result: Callable[[], Any] | None = None

@@ -302,6 +302,8 @@ class Stepper:
             return "its code draws random numbers under activation checkpointing"
         if watch.runs_again is not None:
             return f"{watch.runs_again} keeps state, and its forward runs again under activation checkpointing"
+        if (caller := next((unit for unit in watch.callers if unit.runs_again), None)) is not None:
+            return f"{caller.name} calls another part, and its forward runs again under activation checkpointing"
         if calls.writes_to_data:
             return "the data of a parameter are changed"
         if calls.reason is None and watch.called_in_backward is not None:

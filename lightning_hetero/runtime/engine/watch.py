@@ -78,6 +78,7 @@ class Watch:
         drew_in_backward: Whether code of a backward drew random numbers.
         draws_again: Name of one that draws and was called under activation checkpointing from outside, in comparisons.
         other_backwards: Says how many other backwards there are.
+        callers: Units that have called others.
     """
 
     def __init__(self, generators: Generators, numbers: InTurn | None = None) -> None:
@@ -104,6 +105,7 @@ class Watch:
         self.drew_in_backward = False
         self.draws_again: str | None = None
         self.other_backwards: Callable[[], int] = int
+        self.callers: list[Watched] = []
 
     def note_saving(self) -> None:
         """Within an operation: see whether the unit that runs makes part of its forward run again in the backward."""
@@ -122,6 +124,8 @@ class Watch:
             self.called_in_backward = unit.name
         if self._over and not self._depth and saves_otherwise() and unit in self.units:
             self.draws_again = unit.name
+        if self._depth and self.current is not None and self.current is not unit:
+            self.callers.append(self.current)
         if self._over or self._depth:
             around, self.current = self.current, self.current or unit
             self._depth += 1
