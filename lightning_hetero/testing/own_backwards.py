@@ -87,6 +87,33 @@ class Reverses(Integrates):
         return _Reversed.apply(self.field, x)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _Equilibrium(torch.autograd.Function):
+    """Keeps a graph of its forward for its backward, and goes through it more than once."""
+
+    @staticmethod
+    def forward(ctx: Any, field: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = torch.tanh(field(ctx.x) * 0.1) + ctx.x
+            ctx.parameters = parameters
+        return ctx.y.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        for _ in range(_STEPS):
+            (change,) = torch.autograd.grad(ctx.y, ctx.x, gradient, retain_graph=True)
+            gradient = gradient + 0.1 * change
+        found = torch.autograd.grad(ctx.y, [ctx.x, *ctx.parameters], gradient, retain_graph=True)
+        return None, *found
+
+
+class Equilibrium(Integrates):
+    """An implicit layer, in small."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return _Equilibrium.apply(self.field, x, *self.field.parameters())  # type: ignore[no-any-return, no-untyped-call]
+
+
 class RunsAgain(Integrates):
     """Checkpoints its part."""
 

@@ -55,6 +55,7 @@ class GradientTrial:
         upstream: Places of those of which other outputs are made, likewise.
         accumulates: Whether code of a backward adds to `grad` of parameters by itself.
         draws: Whether it draws random numbers.
+        differentiates: Whether it computes gradients itself.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class GradientTrial:
         self.upstream: tuple[int, ...] = ()
         self.accumulates = False
         self.draws = False
+        self.differentiates = False
 
     def adds_up(self, tensors: Sequence[Tensor], cut: Cut, rows: int) -> bool:
         """Whether the gradients of the rows are the sums of those of the parts.
@@ -149,6 +151,7 @@ class GradientTrial:
                 expected = whole.gradients([*leaves.values()], 0, rows)
             self.accumulates = self.accumulates or any(run.accumulates for run in (head, tail, whole))
             self.draws = self.draws or any(run.draws for run in (head, tail, whole))
+            self.differentiates = self.differentiates or any(run.differentiates for run in (head, tail, whole))
         found = [
             torch.cat([a, b]) if place in cut.positions and a.dim() else a + b
             for place, (a, b) in enumerate(zip(*parts, strict=True))
@@ -211,6 +214,7 @@ class _Run:
         of_added: Their gradients.
         accumulates: Whether code of a backward has added to `grad` of leaves by itself.
         draws: Whether it draws random numbers.
+        differentiates: Whether it computes gradients itself.
     """
 
     def __init__(self, run: Run, tensors: Sequence[Tensor], adds_leaves: bool, is_alone: Callable[[], bool]) -> None:
@@ -223,6 +227,7 @@ class _Run:
         self.of_added: list[Tensor] = []
         self.accumulates = False
         self.draws = False
+        self.differentiates = False
         self.outputs = [(place, output) for place, output in enumerate(outputs) if output.requires_grad]
         _, self.leaves, self.nodes = walk([output for _, output in self.outputs])
 
@@ -239,6 +244,7 @@ class _Run:
                 with Steady() as steady:  # activation checkpointing runs the forward again
                     result = gradients(outputs, given, group, keep_graph=number < len(groups))
                 self.draws = self.draws or steady.drew
+                self.differentiates = self.differentiates or steady.differentiated
                 for leaf, gradient in zip(group, result, strict=True):
                     if gradient is not None:
                         found[id(leaf)] = _whole(gradient) if id(leaf) in whole else _sketch(gradient)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.owned import Owned
-from lightning_hetero.runtime.engine.steady import DRAWING
+from lightning_hetero.runtime.engine.steady import DRAWING, GRADIENT_CALLS
 
 # Functions that turn the content of a tensor into something that Python decides by.
 _READS = frozenset(
@@ -45,7 +45,6 @@ _SIZED = frozenset(
 )  # fmt: skip
 _OF_NUMBERS = frozenset({"arange", "linspace", "logspace", "range"})  # those whose first argument is a number, too
 # What lets user code see gradients of parts of a batch.
-_GRADIENT_CALLS = (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 _GRADIENT_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 _OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
 _IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in _OPERATORS) | {"__setitem__"}
@@ -124,7 +123,7 @@ class Observer(TorchFunctionMode):
             self.reads.append(Read(name, sources))
         elif name in _GRADIENT_HOOKS and not _is_ours(args):
             raise CannotCutError(f"it calls {name} of a tensor, for gradients of a whole batch")
-        elif func in _GRADIENT_CALLS:
+        elif func in GRADIENT_CALLS:
             raise CannotCutError("it computes gradients itself")
         else:
             sizes = list(_sizes(name, args, kwargs))

@@ -15,6 +15,7 @@ _FILLED = frozenset({"rand", "rand_like", "randn", "randn_like", "normal"})
 _FILLED_IN_PLACE = frozenset({"cauchy_", "exponential_", "log_normal_", "normal_", "uniform_"})
 _INTEGERS = frozenset({"randint", "randint_like"})
 _ONES = frozenset({"bernoulli_", "geometric_"})
+GRADIENT_CALLS = (torch.autograd.backward, torch.autograd.grad, Tensor.backward)
 _RECURRENT = frozenset({"gru", "lstm", "rnn_relu", "rnn_tanh"})
 DRAWING = (
     _FILLED | _FILLED_IN_PLACE | _INTEGERS | _ONES | {"bernoulli", "multinomial", "poisson", "random_", "randperm"}
@@ -30,17 +31,20 @@ class Steady(TorchFunctionMode):
 
     Attributes:
         drew: Whether something would have drawn that activation checkpointing has not run again.
+        differentiated: Whether something asked for gradients.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.drew = False
+        self.differentiated = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, and replace what it drew."""
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         self.drew = self.drew or ((name in DRAWING or "dropout" in name) and not saves_otherwise())
+        self.differentiated = self.differentiated or func in GRADIENT_CALLS
         if "dropout" in name:
             x = args[0] if args else kwargs["input"]
             return (x, torch.ones_like(x, dtype=torch.bool)) if name == "native_dropout" else x

@@ -389,6 +389,8 @@ class Trial:
             return f"{watch.draws_again} draws random numbers under activation checkpointing from outside"
         if trial.draws or watch.drew_in_backward:
             return "its backward draws random numbers"
+        if trial.differentiates and watch.called_in_function is not None:
+            return f"a function of autograd calls {watch.called_in_function}, and computes gradients itself"
         if trial.accumulates:
             return "code of its backward adds to gradients of parameters by itself"
         self._traced, self._upstream = trial.traced, trial.upstream

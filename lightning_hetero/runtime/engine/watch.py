@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +81,7 @@ class Watch:
         draws_again: Name of one that draws and was called under activation checkpointing from outside, in comparisons.
         other_backwards: Says how many other backwards there are.
         callers: Units that have called others.
+        called_in_function: Name of one that a function of autograd calls in its forward, which may keep the graph.
     """
 
     def __init__(self, generators: Generators, numbers: InTurn | None = None) -> None:
@@ -106,6 +109,7 @@ class Watch:
         self.draws_again: str | None = None
         self.other_backwards: Callable[[], int] = int
         self.callers: list[Watched] = []
+        self.called_in_function: str | None = None
 
     def note_saving(self) -> None:
         """Within an operation: see whether the unit that runs makes part of its forward run again in the backward."""
@@ -136,6 +140,8 @@ class Watch:
                 self.current = around
             return
         self._look_at_own_code()
+        if self.called_in_function is None and _is_in_function_of_autograd():
+            self.called_in_function = unit.name
         self.at_border()
         before = [] if unit.keeps_state else _buffers_of(unit)
         if any(has_hooks(module) for part in unit.parts for module in part.modules()):
@@ -248,6 +254,21 @@ class Watch:
         if drawn:
             self._states = self._generators.states()
         return drawn
+
+
+def _is_in_function_of_autograd() -> bool:
+    """Whether some code that is under way is the forward of an `autograd.Function`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if (
+            code.co_name == "forward"
+            and code.co_argcount
+            and isinstance(frame.f_locals.get(code.co_varnames[0]), torch.autograd.function.FunctionCtx)
+        ):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _buffers_of(unit: Watched) -> list[tuple[int, int]]:
