@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_hetero.errors import UnsupportedError, UsageError
+from lightning_hetero.graph.find import is_metric
 from lightning_hetero.plan.plan import Plan
 from lightning_hetero.runtime import frames
 from lightning_hetero.runtime.activation_checkpointing import Checkpointed, checkpoint_blocks
@@ -113,8 +114,8 @@ class PlacedModel:
         self._checkpointed_blocks()  # refused before anything moves
         targets = list(self._targets())
         self.replaced = relocate(targets, self.module)
-        for metric in self.layout.metrics:
-            metric.to(self.root)
+        for metric, device in self._metrics():
+            metric.to(device)
         self._buffers = [(module, device) for module, device in targets if module._buffers]
         if before_hooks is not None:
             self.layout = before_hooks(self.module, self.layout)
@@ -214,7 +215,7 @@ class PlacedModel:
         if device is None:
             return []
         replaced = relocate([(module, device) for module, _ in self._targets()], self.module)
-        for metric in self.layout.metrics:
+        for metric, _ in self._metrics():
             metric.to(device)
         return replaced
 
@@ -247,6 +248,14 @@ class PlacedModel:
         for module in self.module.modules():
             if id(module) not in known:
                 yield module, self.root
+
+    def _metrics(self) -> Iterator[tuple[nn.Module, torch.device]]:
+        """Metrics, whose states are no buffers, and where they belong: to what has them if that is one part."""
+        for metric in self.layout.metrics:
+            yield metric, self.root
+        for block in self.layout.blocks:
+            device = torch.device(str(block.device.torch_device))
+            yield from ((each, device) for each in block.module.modules() if is_metric(each))
 
     def _checkpointed_blocks(self) -> list[Block]:
         units = self.plan.checkpointed

@@ -445,6 +445,50 @@ def test_a_forward_that_decides_by_a_metric_is_asked_each_time(plain: Any, heter
     assert losses(hetero(strategy={"micro_batches": 2})) == pytest.approx(losses(plain()), abs=1e-6)
 
 
+class Measured(torch.nn.Module):
+    """Has a parameter of its own, and a metric. Shape (rows, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.ones(8))
+        self.norm = MeanMetric()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.linear(x)) * self.scale
+        self.norm.update(x.detach().norm())
+        return x
+
+
+@pytest.mark.parametrize("micro_batching", ["forward", "step"])
+def test_parts_that_have_metrics_are_where_the_plan_says(
+    plain: Any, hetero: Any, accelerator: Any, micro_batching: str
+) -> None:
+    class Inside(Classifier):
+        places: set[str]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(Measured(), torch.nn.Linear(8, 8), Measured()).double()
+            self.places = set()
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.places |= {str(each.device) for each in (self.net[2].scale, self.net[2].norm.mean_value)}
+
+        def on_train_epoch_end(self) -> None:
+            self.log("norm", self.net[2].norm.compute() / 2)
+
+    where = {"net.2": accelerator.devices[0], "": "cpu"}
+    options = {"micro_batches": 4, "micro_batching": micro_batching}
+    alone, spread = Inside(), Inside()
+    theirs = plain(accumulate_grad_batches=4 if micro_batching == "step" else 1)
+    theirs.fit(alone, data(rows=48, batch_size=4 if micro_batching == "step" else 16))
+    ours = hetero(placement=where, strategy=options)
+    ours.fit(spread, data(rows=48, batch_size=16))
+    assert spread.places == {accelerator.devices[0]}
+    assert difference(alone, spread) < 1e-12
+    assert float(ours.callback_metrics["norm"]) == pytest.approx(float(theirs.callback_metrics["norm"]), rel=1e-6)
+
+
 def test_metrics_may_be_updated_before_a_second_forward(plain: Any, hetero: Any) -> None:
     """The forward does not look at them."""
 
