@@ -15,7 +15,6 @@ from torch import nn
 
 _FORWARD = "forward"
 _STATE = "__getstate__"  # which `copy.copy` and all other copies ask an object for
-_STATE = "__getstate__"  # which `copy.copy` and all other copies ask an object for
 
 
 # What makes a function of a function, for those who read its code, as torch.export does.

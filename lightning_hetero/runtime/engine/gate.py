@@ -191,7 +191,7 @@ class Gate(InPlace):
             else:
                 yield _mark(value)
 
-    def note_reading(self) -> None:
+    def watch_readers(self) -> None:
         """Note whether other code reads its state from now on: its class is replaced by a subclass."""
         base: Any = type(self.module)
         together, names = self.together, frozenset((*self.module.__dict__.get("_defaults", ()), *_COUNTS))

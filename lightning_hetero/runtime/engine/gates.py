@@ -85,7 +85,7 @@ class Gates:
             together.look()
         kinds = [(gate, type(gate.module)) for gate in self]
         for gate in self:
-            gate.note_reading()
+            gate.watch_readers()
         try:
             yield
             for together in self._all:
