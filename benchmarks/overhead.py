@@ -13,16 +13,14 @@ run in plain loops of their own, at once in two threads: what the processor take
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from cores import one_core
 from report import is_quick, report
 from torch import Tensor, nn
 
@@ -167,23 +165,6 @@ def difference(seconds: list[float], less: list[float]) -> float:
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
-
-
-@contextmanager
-def one_core() -> Iterator[None]:
-    """Within the block, all threads of this process share one core, where the system lets them be moved."""
-    tasks = Path("/proc/self/task")
-    if not tasks.is_dir() or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores = os.sched_getaffinity(0)
-    try:
-        for task in tasks.iterdir():
-            os.sched_setaffinity(int(task.name), {max(cores)})
-        yield
-    finally:
-        for task in tasks.iterdir():
-            os.sched_setaffinity(int(task.name), cores)
 
 
 def main() -> None:

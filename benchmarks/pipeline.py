@@ -6,6 +6,9 @@ micro-batches, without the engine: a sleep lasts a little longer than it is told
 differentiate the stages, with or without a pipeline. The ideal speed-up is that of the simulator for the same stages:
 all forwards before the first backward for "forward", one forward and one backward in turn for "step".
 
+Of equal stages all end at the same time, and wake threads on other cores, which takes a virtual machine long. So these
+run a second time with all threads on one core (Linux), where only the engine is left.
+
 Two stages also run under torch.distributed.pipelining's 1F1B, in two processes, right after ours.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import statistics
 
 import torch
+from cores import one_core
 from report import is_quick, report
 from sleeping import ROWS, Stage, timed
 from torch import Tensor, nn
@@ -27,7 +31,13 @@ from lightning_hetero.runtime.placed import Pipelining, PlacedModel
 from lightning_hetero.schedule import GPipe, OneFOneB
 from lightning_hetero.simulate import StageCost, simulate
 
-CASES = {"40_40": (40, 40), "60_20": (60, 20), "20_60": (20, 60), "30_30_30": (30, 30, 30)}  # forward, in ms
+CASES = {  # forward, in ms
+    "40_40": (40, 40),
+    "60_20": (60, 20),
+    "20_60": (20, 60),
+    "30_30_30": (30, 30, 30),
+    "20_60_20": (20, 60, 20),
+}
 MICRO_BATCHES = (4, 8)
 REPETITIONS, QUICK_REPETITIONS = 9, 1
 
@@ -94,25 +104,41 @@ def ideal_s(stages_s: list[float], micro_batches: int, mode: str) -> float:
     return simulate(costs, GPipe() if mode == "forward" else OneFOneB(), micro_batches).makespan_s
 
 
+def shares_of_ideal(stages_s: list[float], micro_batches: int, repetitions: int) -> tuple[dict[str, float], float]:
+    """The share of the ideal speed-up in each mode, beside "plain", which is the plain loop's time by that of its naps.
+
+    Returns:
+        The shares, and the seconds of the faster mode.
+    """
+    loop_s = plain_s(stages_s, micro_batches, repetitions)
+    slept_s = 3 * sum(stages_s)
+    ours_s = {mode: seconds(stages_s, micro_batches, mode, repetitions) for mode in ("forward", "step")}
+    shares = {"plain": loop_s / slept_s}
+    for mode, mode_s in ours_s.items():
+        ideal_speedup = slept_s / ideal_s(stages_s, micro_batches, mode)
+        shares[mode] = loop_s / mode_s / ideal_speedup
+    return shares, min(ours_s.values())
+
+
 def main() -> None:
     quick = is_quick(__doc__)
     torch.set_num_threads(1)
     repetitions = QUICK_REPETITIONS if quick else REPETITIONS
-    figures = {}
+    figures: dict[str, float] = {}
     with torch_pipeline() as theirs:
         for name, stages_ms in CASES.items():
             stages_s = [stage_ms / 1000 for stage_ms in stages_ms]
             for micro_batches in MICRO_BATCHES:
-                loop_s = plain_s(stages_s, micro_batches, repetitions)
-                slept_s = 3 * sum(stages_s)
-                figures[f"plain_{name}_{micro_batches}"] = loop_s / slept_s
-                ours_s = {mode: seconds(stages_s, micro_batches, mode, repetitions) for mode in ("forward", "step")}
-                for mode, mode_s in ours_s.items():
-                    ideal_speedup = slept_s / ideal_s(stages_s, micro_batches, mode)
-                    figures[f"{mode}_{name}_{micro_batches}"] = loop_s / mode_s / ideal_speedup
+                point = f"{name}_{micro_batches}"
+                shares, best_s = shares_of_ideal(stages_s, micro_batches, repetitions)
+                figures |= {f"{what}_{point}": share for what, share in shares.items()}
                 if len(stages_s) == STAGES:
                     torch_s = theirs.seconds(stages_s, micro_batches, repetitions)
-                    figures[f"torch_ratio_{name}_{micro_batches}"] = torch_s / min(ours_s.values())
+                    figures[f"torch_ratio_{point}"] = torch_s / best_s
+                if len(set(stages_s)) == 1 and micro_batches == max(MICRO_BATCHES):
+                    with one_core():
+                        shares, _ = shares_of_ideal(stages_s, micro_batches, repetitions)
+                    figures |= {f"one_core_{what}_{point}": share for what, share in shares.items()}
     report(figures)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,9 +111,12 @@ class Deferred:
             for module in self._modules:
                 module.__dict__["track_running_stats"] = True
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(self) -> AbstractContextManager[None]:
         """Within the block, micro-batches run; after it, running statistics are those of the whole batch."""
+        return self._collecting() if self._modules else nullcontext()
+
+    @contextmanager
+    def _collecting(self) -> Iterator[None]:
         hooks = [(module, _Collect()) for module in self._modules]
         handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
         try:

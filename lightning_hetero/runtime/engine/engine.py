@@ -222,9 +222,9 @@ class Engine:
         self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[RegionCall, dict[torch.device, Tensor], Attributes] | None:
         """The call to make; the states of the generators, and the attributes, before it. None to run whole."""
-        given = Tree((args, kwargs))
+        given = Tree.of_call(args, kwargs)
         modules = _modules(region.module)  # once: torch goes through all of them for each question
-        parameters = _own(module._parameters for module in modules)
+        parameters = _own([module._parameters for module in modules])
         # torch.func.functional_call puts other tensors in the place of parameters.
         if not all(parameter.is_leaf for parameter in parameters):
             self._note(region, "its parameters are computed from others")
@@ -240,7 +240,7 @@ class Engine:
         rows = verdict.cut.rows(given.tensors)
         if rows is None:
             return None  # a batch of another shape than the one that was tried
-        if has_item_for_each_row((args, kwargs), rows):
+        if (given.values or given.has_containers) and has_item_for_each_row((args, kwargs), rows):
             self._note(region, "it is called with a list that has an item for each row, and is not cut with them")
             return None
         modules = [*modules, *region.keys.hidden]
@@ -259,6 +259,7 @@ class Engine:
             if call.thread == threading.get_ident():  # another thread may wait for its own
                 call.abandon()
         attributes = Attributes(modules)
+        with_buffers = [module for module in modules if module._buffers]
         states = self.generators.states()
         seed = int(torch.randint(1 << 62, (), device="cpu")) if verdict.draws else None
         task = RegionTask(
@@ -275,9 +276,12 @@ class Engine:
             traced=verdict.traced,
             upstream=verdict.upstream,
             views=verdict.views,
-            buffers=_own(module._buffers for module in modules),
+            buffers=_own([module._buffers for module in with_buffers]),
             again=Again(
-                [*parameters, *_own(_that_count(each, region.names) for each in modules if each not in normalised)],
+                [
+                    *parameters,
+                    *_own([_that_count(each, region.names) for each in with_buffers if each not in normalised]),
+                ],
                 Surroundings(region.keys.used, attributes),
                 Frozen(given.values),
             )
@@ -449,9 +453,13 @@ def _that_count(module: nn.Module, names: Container[str]) -> Mapping[str, Any]:
 
 def _own(found: Iterable[Mapping[str, Any]]) -> list[Any]:
     """The parameters or buffers of some modules, each once."""
-    return list(
-        {id(tensor): tensor for each in found if each for tensor in each.values() if tensor is not None}.values()
-    )
+    known: dict[int, Any] = {}
+    for each in found:
+        if each:  # most modules have none
+            for tensor in each.values():
+                if tensor is not None:
+                    known[id(tensor)] = tensor
+    return list(known.values())
 
 
 class _Local(threading.local):

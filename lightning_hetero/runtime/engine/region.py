@@ -177,7 +177,7 @@ class RegionCall(Call):
                     lane.outputs = [column[lane.index] for column in self.columns]
                 self._find_parameters()
             inputs = [given[place] for place in self._needed]
-            phony: Any = RegionEnter.apply(self, self.engine.anchor, *inputs, *self._parameters)  # type: ignore[no-untyped-call]
+            phony: Any = _enter(self, self.engine.anchor, *inputs, *self._parameters)
             whole = _exit(self, phony)
             self.columns = []
             for place, tensor in zip(self._traced, whole, strict=True):
@@ -464,7 +464,7 @@ class RegionExit(torch.autograd.Function):
     def forward(ctx: Any, call: RegionCall, phony: Tensor) -> Any:  # noqa: D102
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return tuple(joined(column) for column in call.columns)
+        return tuple(map(torch.cat, call.columns))  # autograd records nothing in here
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:  # noqa: D102
@@ -472,4 +472,5 @@ class RegionExit(torch.autograd.Function):
         return None, NO_GRADIENT
 
 
-_exit: Any = super(torch.autograd.Function, RegionExit).apply  # see those of `cut`
+_enter: Any = super(torch.autograd.Function, RegionEnter).apply  # see those of `cut`
+_exit: Any = super(torch.autograd.Function, RegionExit).apply

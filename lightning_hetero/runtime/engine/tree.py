@@ -70,6 +70,17 @@ class Tree:
         else:
             self._build = self._take(obj)
 
+    @classmethod
+    def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
+        """That of `(args, kwargs)`, whose two containers nobody else has."""
+        if kwargs or not _are_distinct(args):
+            return cls((args, kwargs))
+        tree = cls(())
+        tree.tensors += args
+        tree.form = [(tuple, 2), (tuple, len(args)), *[_TENSOR] * len(args), (dict, ())]
+        tree._build = lambda new: (tuple(new), {})
+        return tree
+
     def build(self, tensors: Sequence[Tensor]) -> Any:
         """The structure with other tensors, as many as `tensors` and in their order; containers are new."""
         return self._build(tensors)
