@@ -124,10 +124,11 @@ FIGURES = {
     "pipeline.py": {
         f"{what}_{stages}_{micro_batches}"
         for what in ("forward", "step", "plain", "torch_ratio")
-        for stages in ("40_40", "60_20", "20_60", "30_30_30")
+        for stages in ("40_40", "60_20", "20_60", "30_30_30", "20_60_20")
         for micro_batches in (4, 8)
-        if (what, stages) != ("torch_ratio", "30_30_30")
-    },
+        if what != "torch_ratio" or stages.count("_") == 1
+    }
+    | {f"one_core_{what}_{stages}_8" for what in ("forward", "step", "plain") for stages in ("40_40", "30_30_30")},
     "pipeline_memory.py": {
         f"{mode}_stage_{stage}"
         for mode in ("step_1f1b", "step_gpipe", "forward", "forward_rematerialize")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
+from math import inf
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +58,63 @@ def test_a_thread_waits_until_it_may_begin() -> None:
     while not begun.is_set():  # the thread may not have come to wait yet, and then looks for itself
         turns.look_again()
     thread.join()
+
+
+def test_a_task_that_is_expected_goes_before_one_that_is_there() -> None:
+    turns, begun = Turns(), []
+    turns.expect(1, 0, 0, inf)
+    turns.queue(2, 0, 1, lambda: begun.append("later"))
+    turns.queue(0, 0, 2, lambda: begun.append("sooner"))  # it would not wait for the one that is expected
+    assert begun == ["sooner"]
+    turns.pass_on()
+    turns.look_again()
+    assert begun == ["sooner"]
+    turns.queue(1, 0, 0, lambda: begun.append("expected"))
+    assert begun == ["sooner", "expected"]
+    turns.pass_on()
+    assert begun == ["sooner", "expected", "later"]
+
+
+def test_a_task_that_does_not_come_is_waited_for_no_longer_than_was_said() -> None:
+    turns, begun = Turns(), []
+    turns.expect(1, 0, 0, time.perf_counter() + 0.05)
+    turns.queue(2, 0, 1, lambda: begun.append("later"))
+    turns.look_again()
+    assert begun == []
+    time.sleep(0.06)
+    turns.look_again()
+    assert begun == ["later"]
+
+
+def test_a_task_that_goes_elsewhere_is_not_waited_for() -> None:
+    turns, begun = Turns(), []
+    turns.expect(1, 0, 0, inf)
+    turns.queue(2, 0, 1, lambda: begun.append("later"))
+    turns.expect_no_more(0, 0)
+    assert begun == ["later"]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_thread_takes_its_turn_at_once_unless_another_task_is_expected_before(place: int) -> None:
+    turns = Turns()
+    turns.expect(1, 0, 0, inf)
+    assert turns.take_now(place, 0, 1) == (place < 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.booleans()), min_size=1, max_size=12))
+def test_tasks_that_were_expected_run_in_their_order(tasks: list[tuple[int, int, bool]]) -> None:
+    turns, begun = Turns(), []
+    keys = [(place, call, 0) for call, (place, _, _) in enumerate(tasks)]
+    for key in keys:
+        turns.expect(*key, inf)
+    for _, call in sorted((moment, call) for call, (_, moment, _) in enumerate(tasks)):
+        if tasks[call][2]:
+            turns.queue(*keys[call], lambda call=call: begun.append(call))
+        else:
+            turns.expect_no_more(call, 0)
+    for _ in tasks:
+        turns.pass_on()
+    assert begun == [call for key, call in sorted((keys[call], call) for call in range(len(tasks))) if tasks[call][2]]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), min_size=1, max_size=12), st.data())

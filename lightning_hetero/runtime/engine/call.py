@@ -13,7 +13,7 @@ from lightning_hetero.runtime.engine.lanes import Crew, Lane
 from lightning_hetero.runtime.engine.leaves import OrderedSums
 from lightning_hetero.runtime.engine.silence import SILENCE
 from lightning_hetero.runtime.engine.state import ThreadState
-from lightning_hetero.runtime.engine.worker import Cancelled
+from lightning_hetero.runtime.engine.worker import Cancelled, Worker
 from lightning_hetero.schedule import Op
 from lightning_hetero.schedule.rows import deal
 
@@ -37,10 +37,12 @@ class Call:
         sums: Sums of the gradients of parameters.
         has_failed: Whether some lane has failed, or the call was interrupted: then all stop.
         keeps_graph: Whether there may be another backward.
+        leaves_tasks: Whether lanes leave long tasks for which they would have to wait to the thread of the device.
         is_step: Whether forwards go on while backwards run, so that numbers are drawn for good meanwhile.
     """
 
     is_step = False
+    leaves_tasks = True
 
     def __init__(
         self, engine: Engine, *, number: int, name: str, rows: Sequence[int], seed: int | None, checks_capture: bool
@@ -86,6 +88,13 @@ class Call:
     def place(self, op: Op, unit: Unit, lane: Lane) -> int:
         """Place of a task on its device, where the lowest goes first. Backwards do here: they free memory."""
         return 0 if op == "B" else 1
+
+    def arrives(self, lane: Lane, worker: Worker) -> None:
+        """A lane comes with its next task."""
+
+    def when_ended(self, op: Op, number: int, lane: Lane) -> Callable[[], None] | None:
+        """What is to be done as soon as a task has ended; `number` is the index of the call in its lane."""
+        return None
 
     def turn_of(self, lane: Lane, unit: Unit) -> Callable[[], bool] | None:
         """Says whether the backward of a unit may begin for a lane; None if it may.

@@ -204,10 +204,13 @@ class UnitCall:
             ready = None if known is None else known.ready([g for g in given if g is not None])
             arriving, given = send(given, self._places, ready), ()  # which may go as soon as they are copied
         work = partial(self._backward, call, lane, given, arriving)
-        task = Task("B", self.unit.name, self.unit.stage, lane.index, work)
+        task = Task("B", self.unit.name, self.unit.stage, lane.index, work, call.when_ended("B", self.number, lane))
+        call.arrives(lane, worker)
         may_begin = call.turn_of(lane, self.unit)
         if worker.takes_help and is_plain():
-            self._result = partial(worker.help, place, call.number, task, may_begin, in_this_context)
+            self._result = partial(
+                worker.help, place, call.number, task, may_begin, in_this_context, leaves=call.leaves_tasks
+            )
         else:
             if (
                 worker.torch_device.type == "cpu"
@@ -395,9 +398,10 @@ def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwa
             output = unit.run(*args, **kwargs)
         return output, mark(device)
 
-    task = Task("F", unit.name, unit.stage, lane.index, work)
+    task = Task("F", unit.name, unit.stage, lane.index, work, call.when_ended("F", number, lane))
     place = call.place("F", unit, lane)
     order = call.in_order(lane, unit)
+    call.arrives(lane, worker)
     if order is None:
         output, made_at = _done(call, worker, place, task)
     else:
@@ -421,7 +425,7 @@ def _done(call: Call, worker: Worker, place: int, task: Task) -> Any:
     stack = HERE.frames
     depth = len(stack)
     try:
-        return worker.help(place, call.number, task, None, call.carried)
+        return worker.help(place, call.number, task, None, call.carried, leaves=call.leaves_tasks)
     finally:
         del stack[depth:]
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.runtime.engine.ahead import PATIENCE, Ahead
 from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
@@ -31,6 +34,7 @@ from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
 from lightning_hetero.runtime.engine.turnstile import Turnstile
 from lightning_hetero.runtime.engine.watch import has_hooks
+from lightning_hetero.runtime.engine.worker import LONG_S, Worker
 from lightning_hetero.schedule import Op
 
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ class StepTask:
         own_code_draws: Whether the step's own code, outside of units, draws random numbers.
         order: What has to be used in order.
         in_backward: What backwards are to run in.
+        ahead: What earlier micro-batches have shown of the way of a lane.
     """
 
     run: Callable[[int], Any]
@@ -75,6 +80,7 @@ class StepTask:
     own_code_draws: bool = False
     order: Order = NO_ORDER
     in_backward: Callable[[], AbstractContextManager[None]] = nullcontext
+    ahead: Ahead = field(default_factory=Ahead)
 
 
 class StepCall(Call):
@@ -102,6 +108,7 @@ class StepCall(Call):
             checks_capture=False,
         )
         self._task = task
+        self.leaves_tasks = task.forwards_first
         self.outputs: list[Any] = [None] * len(task.rows)
         self._found: list[list[Tensor]] = [[] for _ in task.rows]
         check = _check_of(weakref.ref(self))
@@ -143,6 +150,39 @@ class StepCall(Call):
     def place(self, op: Op, unit: Unit, lane: Lane) -> int:
         """Place of a task on its device: that of the schedule."""
         return self._task.places[unit.stage, op, lane.index]
+
+    def arrives(self, lane: Lane, worker: Worker) -> None:
+        """A lane comes with its next task: it took so long, and no other device has to wait for it."""
+        if lane.left is not None:
+            op, number, since_s = lane.left
+            lane.left = None
+            self._task.ahead.note_time(op, number, perf_counter() - since_s)
+        expected_by, lane.expected_by = lane.expected_by, None
+        if expected_by is not None and expected_by is not worker:
+            expected_by.expect_no_more(self.number, lane.index)
+
+    def when_ended(self, op: Op, number: int, lane: Lane) -> Callable[[], None] | None:
+        """Tell the device of what comes next that it is about to come."""
+        return partial(self._goes_on, op, number, lane) if self._task.ahead.is_known else None
+
+    def _goes_on(self, op: Op, number: int, lane: Lane) -> None:
+        crew, ahead = self._crew, self._task.ahead
+        after = ahead.after(op, number)
+        if crew is None or (after == ("B", number) and self._task.forwards_first):
+            return
+        next_op, next_number = after or ("F", 0)
+        next_lane = lane if after is not None else crew.next_lane  # which begins when this one has ended
+        unit = ahead.unit(next_number)
+        if next_lane is None or unit is None:
+            return
+        now_s = perf_counter()
+        next_lane.left = op, number, now_s
+        worker = self.replica(next_lane, unit).worker
+        patience_s = PATIENCE * worker.task_s
+        if worker.task_s < LONG_S or ahead.between_s(op, number) > patience_s:
+            return
+        next_lane.expected_by = worker
+        worker.expect(self.place(next_op, unit, next_lane), self.number, next_lane.index, now_s + patience_s)
 
     def _may_share(self, unit: Unit) -> bool:
         """Whether several devices may take part.
@@ -230,6 +270,10 @@ class StepCall(Call):
         try:
             self._state.run(lambda: self._step(lane))
         finally:
+            lane.left = None
+            expected_by, lane.expected_by = lane.expected_by, None
+            if expected_by is not None:  # it has failed, or went another way than others
+                expected_by.expect_no_more(self.number, lane.index)
             self._forward_turns.end(lane.index)
             self._backward_turns.end(lane.index)
 
@@ -250,12 +294,13 @@ class StepCall(Call):
         loss = loss_of(output)
         self.outputs[index] = output
         self.sums.announce(index, lane.trace)
+        self._task.ahead.learn(lane)
         if self._task.forwards_first and self._crew is not None:
             self._all_forwards_done(lane)
         if loss is not None and loss.requires_grad:
             edges, leaves, _ = walk([loss], [lane.anchor])
             share = self._task.rows[index] / sum(self._task.rows)
-            seed = torch.full_like(loss.detach(), share * self._task.scale)
+            seed = loss.new_full(loss.shape, share * self._task.scale)
             lane.in_backward = True
             stray: list[Tensor] = []
             added: list[Tensor] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.errors import UnsupportedError
+from lightning_hetero.runtime.engine.ahead import Ahead
 from lightning_hetero.runtime.engine.batch import Path, batch_rows, cut_rows, not_of_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
 from lightning_hetero.runtime.engine.calls import Calls
@@ -72,6 +73,7 @@ class _Mode:
     draws: bool = False
     own_code_draws: bool = False
     order: Order = NO_ORDER
+    ahead: Ahead = field(default_factory=Ahead)
 
 
 @dataclass(slots=True)
@@ -123,6 +125,7 @@ class Stepper:
         self._modes: dict[Any, _Mode] = {}
         self._whole: set[Path] = set()  # where in batches nothing is cut, as some batch had other rows there
         self._tables: dict[int, Mapping[tuple[int, Op, int], int]] = {}
+        self._bounds: dict[int, int] = {}
         for each in gated:
             self._gates.add(each)
 
@@ -189,7 +192,9 @@ class Stepper:
     def _in_lanes(self, step: _Step, scale: float, mode: _Mode) -> StepCall:
         contents, before = Contents(self._module), dict(self._module.__dict__)
         seed = _seed() if mode.draws else None
-        call = self._call(step, scale, self._run_beside_the_others, seed, mode.own_code_draws, mode.order)
+        call = self._call(
+            step, scale, self._run_beside_the_others, seed, mode.own_code_draws, mode.order, ahead=mode.ahead
+        )
         states = self._engine.generators.states() if mode.draws else {}  # one number was drawn for the seed
         try:
             with step.direct.noting(self._module):
@@ -319,12 +324,13 @@ class Stepper:
         own_code_draws: bool = False,
         order: Order = NO_ORDER,
         in_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
+        ahead: Ahead | None = None,
     ) -> StepCall:
         task = StepTask(
             run=lambda index: run(index, step),
             rows=step.rows,
             scale=scale,
-            in_flight=bounds(self._schedule, self._engine.pipeline(len(step.rows)))[0] + self._engine.more_devices,
+            in_flight=self._in_flight(len(step.rows)),
             places=self._places(len(step.rows)),
             forwards_first=self._schedule.all_forwards_first,
             leaves=[parameter for parameter in self._module.parameters() if parameter.requires_grad],
@@ -332,8 +338,16 @@ class Stepper:
             own_code_draws=own_code_draws,
             order=order,
             in_backward=in_backward,
+            ahead=ahead or Ahead(),
         )
         return StepCall(self._engine, self._engine.next_call(), task)
+
+    def _in_flight(self, micro_batches: int) -> int:
+        """How many micro-batches may be under way at once; worked out once."""
+        if micro_batches not in self._bounds:
+            most = bounds(self._schedule, self._engine.pipeline(micro_batches))[0]
+            self._bounds[micro_batches] = most + self._engine.more_devices
+        return self._bounds[micro_batches]
 
     def _places(self, micro_batches: int) -> Mapping[tuple[int, Op, int], int]:
         """The schedule as a table, made once."""

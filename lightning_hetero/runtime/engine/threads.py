@@ -19,6 +19,7 @@ from lightning_hetero.runtime.layout import Layout
 log = logging.getLogger(__name__)
 
 _SHORT_S = 400e-6
+_LOOK_AGAIN_S = 0.02  # for tasks that wait for one that does not come, see `Turns.expect`
 _DRAIN_S = 60.0
 _STUCK_S = 2.0  # for threads that did not end in time before
 
@@ -89,9 +90,12 @@ class Threads:
         Raises:
             HangError: They take longer than `hang_timeout_s`.
         """
-        if not countdown.wait(self._hang_timeout_s):
-            self._is_stuck = True
-            raise faults.hang(name, self._hang_timeout_s, self._busy())
+        end_s = monotonic() + self._hang_timeout_s
+        while not countdown.wait(max(0.0, min(_LOOK_AGAIN_S, end_s - monotonic()))):
+            if monotonic() >= end_s:
+                self._is_stuck = True
+                raise faults.hang(name, self._hang_timeout_s, self._busy())
+            self.look_again()
 
     def drain(self, countdown: faults.Countdown) -> None:
         """Wait for lanes that were told to stop."""

@@ -80,6 +80,7 @@ class Task(NamedTuple):
         stage: Index of its stage.
         lane: Its micro-batch.
         run: The work.
+        ended: Called when it has ended without an error, before anything else begins on the device.
     """
 
     op: Op
@@ -87,6 +88,7 @@ class Task(NamedTuple):
     stage: int
     lane: int
     run: Callable[[], Any]
+    ended: Callable[[], None] | None = None
 
 
 class Worker(threading.Thread):
@@ -95,7 +97,8 @@ class Worker(threading.Thread):
     Tasks run in this thread, or in that of the lane that needs the result. The latter spares two changes of thread for
     each task, which cost more than a small module; but the thread of an accelerator has a device of its own, and that
     of a CPU of many threads a team of them, which lanes lack. And this thread goes from one long task to the next at
-    once, while a lane that waits for its turn has to wake first.
+    once, while a lane that waits for its turn has to wake first. (Where lanes take turns, as in 1F1B, the one that has
+    waited is the one that has to go on after the task, so nothing is won.)
 
     Args:
         device: Name of the device in the plan.
@@ -150,11 +153,16 @@ class Worker(threading.Thread):
         return future
 
     def help(
-        self, place: int, call: int, task: Task, may_begin: MayBegin | None = None, carried: Carried | None = None
+        self,
+        place: int,
+        call: int,
+        task: Task,
+        may_begin: MayBegin | None = None,
+        carried: Carried | None = None,
+        *,
+        leaves: bool = True,
     ) -> Any:
         """Run a task in the thread of a lane, when it is its turn; see `submit`.
-
-        A long one that has to wait is left to the thread of the device.
 
         Args:
             place: See `submit`.
@@ -162,15 +170,16 @@ class Worker(threading.Thread):
             task: The task.
             may_begin: See `submit`.
             carried: Makes of the work what does the same in another thread; None if it does as it is.
+            leaves: Whether a long task that has to wait is left to the thread of the device.
 
         Raises:
             BaseException: What the task raised.
         """
         if HERE.at_work:  # autograd came from the middle of one task to another one: what is held, nobody may wait for
             return task.run()
-        if self.task_s < LONG_S:
+        if self.task_s < LONG_S or not leaves:
             self._turns.take(place, call, task.lane, may_begin)
-        elif not self._turns.take_now(may_begin):
+        elif not self._turns.take_now(place, call, task.lane, may_begin):
             if carried is not None:
                 task = task._replace(run=carried(task.run))
             return self.submit(place, call, task, may_begin).get()
@@ -181,7 +190,10 @@ class Worker(threading.Thread):
         name, thread._name = thread._name, self._thread_name
         HERE.at_work = True
         try:
-            return self._run_one(task)
+            result = self._run_one(task)
+            if task.ended is not None:
+                task.ended()
+            return result
         finally:
             HERE.at_work = False
             thread._name = name
@@ -190,6 +202,14 @@ class Worker(threading.Thread):
     def look_again(self) -> None:
         """See whether a task may begin now, because of something that happened elsewhere."""
         self._turns.look_again()
+
+    def expect(self, place: int, call: int, lane: int, until_s: float) -> None:
+        """See `Turns.expect`."""
+        self._turns.expect(place, call, lane, until_s)
+
+    def expect_no_more(self, call: int, lane: int) -> None:
+        """See `Turns.expect_no_more`."""
+        self._turns.expect_no_more(call, lane)
 
     def stop(self) -> None:
         """End the thread once its tasks are done; `join` waits for it."""
@@ -213,6 +233,8 @@ class Worker(threading.Thread):
             error: BaseException | None = None
             try:
                 result = self._run_one(task)
+                if task.ended is not None:
+                    task.ended()
             except BaseException as raised:
                 error = raised
             self._turns.pass_on()
@@ -222,7 +244,7 @@ class Worker(threading.Thread):
             del future
 
     def _run_one(self, task: Task) -> Any:
-        op, unit, _, lane, run = task
+        op, unit, _, lane, run, _ = task
         self.busy_with = (op, unit, lane)
         HERE.micro_batch = lane
         records = self._recorder.records

@@ -1,0 +1,117 @@
+"""A device waits for the task that its schedule wants next if that is about to come, and for no other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_hetero.runtime.engine import step
+from lightning_hetero.runtime.engine.ahead import Ahead
+from lightning_hetero.runtime.engine.stepper import Stepper
+from lightning_hetero.schedule import OneFOneB
+
+MakePair = Callable[..., Any]
+
+EMULATED = "cpu@speed=1,cpu@speed=1,cpu@speed=1"
+MICRO_BATCHES = 6
+NAP_S = 4e-3
+
+
+class _Nap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        time.sleep(NAP_S)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        time.sleep(2 * NAP_S)
+        return gradient.clone()
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Nap.apply(self.linear(x))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Stages(nn.Module):
+    def __init__(self, loss_s: float) -> None:
+        super().__init__()
+        self.a, self.b = Stage(), Stage()
+        self.loss_s = loss_s
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        outputs = self.b(self.a(batch))
+        time.sleep(self.loss_s)
+        return outputs.square().mean()
+
+
+def ops_on_the_last_device(pair: MakePair, devices: str, loss_s: float) -> list[list[str]]:
+    """What the last stage did in each of some steps, such as F0 and B0; the first is left out, as it is a rehearsal."""
+    names = [f"emulated:{index}" for index in range(3)] if devices == EMULATED else devices.split(",")
+    both = pair(Stages(loss_s), {"a": names[0], "b": names[1]}, micro_batches=MICRO_BATCHES)
+    stepper = Stepper(both.engine, both.model, "training_step", OneFOneB(), (), ())
+    batch = torch.randn(2 * MICRO_BATCHES, 8)
+    found = []
+    try:
+        assert stepper.run((batch, 0), 1.0) is not None
+        for _ in range(4):
+            with both.placed.recording() as recording:
+                assert stepper.run((batch, 0), 1.0) is not None
+            timeline = recording.timeline
+            found.append([f"{span.op}{span.micro_batch}" for span in timeline.work_of(timeline.devices[-1])])
+    finally:
+        stepper.close()
+    return found
+
+
+def test_the_last_stage_goes_back_before_the_next_forward(
+    pair: MakePair, devices: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "PATIENCE", 1000)  # however slow the machine is
+    *_, last = ops_on_the_last_device(pair, devices, loss_s=0.0)
+    assert last == [f"{op}{index}" for index in range(MICRO_BATCHES) for op in "FB"]
+
+
+def test_no_device_waits_while_user_code_takes_long(pair: MakePair, devices: str) -> None:
+    *_, last = ops_on_the_last_device(pair, devices, loss_s=10 * NAP_S)
+    assert last.index("F1") < last.index("B0")
+
+
+class _Lane:
+    """As much of a lane as `Ahead` looks at."""
+
+    def __init__(self, trace: list[int], units: dict[int, Any]) -> None:
+        self.trace = trace
+        self.units = [type("Call", (), {"number": number, "unit": unit})() for number, unit in units.items()]
+
+
+def test_what_follows_a_task() -> None:
+    ahead = Ahead()
+    assert not ahead.is_known
+    ahead.learn(_Lane([4, 7, 4], {0: "first", 2: "third"}))  # type: ignore[arg-type]
+    assert ahead.is_known
+    order = [("F", 0)]
+    while (after := ahead.after(*order[-1])) is not None:  # type: ignore[arg-type]
+        order.append(after)
+    assert order == [("F", 0), ("F", 1), ("F", 2), ("B", 2), ("B", 1), ("B", 0)]
+    assert [ahead.unit(number) for number in range(4)] == ["first", None, "third", None]
+
+
+def test_times_between_tasks_are_a_mean_of_the_last_ones() -> None:
+    ahead = Ahead()
+    assert ahead.between_s("F", 0) == 0.0
+    ahead.note_time("F", 0, 4.0)
+    assert ahead.between_s("F", 0) == 4.0
+    ahead.note_time("F", 0, 8.0)
+    assert ahead.between_s("F", 0) == 5.0
+    assert ahead.between_s("B", 0) == 0.0
