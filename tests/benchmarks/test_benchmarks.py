@@ -19,6 +19,7 @@ from lightning_hetero.testing import EmulatedAccelerator
 RunForked = Callable[..., "subprocess.CompletedProcess[str]"]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SHARED = {
+    "cores.py",
     "elastic_training.py",
     "gpu_training.py",
     "launched.py",

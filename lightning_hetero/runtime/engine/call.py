@@ -37,12 +37,10 @@ class Call:
         sums: Sums of the gradients of parameters.
         has_failed: Whether some lane has failed, or the call was interrupted: then all stop.
         keeps_graph: Whether there may be another backward.
-        leaves_tasks: Whether lanes leave long tasks for which they would have to wait to the thread of the device.
         is_step: Whether forwards go on while backwards run, so that numbers are drawn for good meanwhile.
     """
 
     is_step = False
-    leaves_tasks = True
 
     def __init__(
         self, engine: Engine, *, number: int, name: str, rows: Sequence[int], seed: int | None, checks_capture: bool
@@ -92,8 +90,8 @@ class Call:
     def arrives(self, lane: Lane, worker: Worker) -> None:
         """A lane comes with its next task."""
 
-    def when_ended(self, op: Op, number: int, lane: Lane) -> Callable[[], None] | None:
-        """What is to be done as soon as a task has ended; `number` is the index of the call in its lane."""
+    def when_ended(self, unit: Unit, number: int, lane: Lane) -> Callable[[], None] | None:
+        """What is to be done as soon as a forward has ended; `number` is the index of the call in its lane."""
         return None
 
     def turn_of(self, lane: Lane, unit: Unit) -> Callable[[], bool] | None:

@@ -204,13 +204,11 @@ class UnitCall:
             ready = None if known is None else known.ready([g for g in given if g is not None])
             arriving, given = send(given, self._places, ready), ()  # which may go as soon as they are copied
         work = partial(self._backward, call, lane, given, arriving)
-        task = Task("B", self.unit.name, self.unit.stage, lane.index, work, call.when_ended("B", self.number, lane))
+        task = Task("B", self.unit.name, self.unit.stage, lane.index, work)
         call.arrives(lane, worker)
         may_begin = call.turn_of(lane, self.unit)
         if worker.takes_help and is_plain():
-            self._result = partial(
-                worker.help, place, call.number, task, may_begin, in_this_context, leaves=call.leaves_tasks
-            )
+            self._result = partial(worker.help, place, call.number, task, may_begin, in_this_context)
         else:
             if (
                 worker.torch_device.type == "cpu"
@@ -398,7 +396,7 @@ def _run(call: Call, lane: Lane, unit: Unit, given: Tree, records: bool, has_kwa
             output = unit.run(*args, **kwargs)
         return output, mark(device)
 
-    task = Task("F", unit.name, unit.stage, lane.index, work, call.when_ended("F", number, lane))
+    task = Task("F", unit.name, unit.stage, lane.index, work, call.when_ended(unit, number, lane))
     place = call.place("F", unit, lane)
     order = call.in_order(lane, unit)
     call.arrives(lane, worker)
@@ -425,7 +423,7 @@ def _done(call: Call, worker: Worker, place: int, task: Task) -> Any:
     stack = HERE.frames
     depth = len(stack)
     try:
-        return worker.help(place, call.number, task, None, call.carried, leaves=call.leaves_tasks)
+        return worker.help(place, call.number, task, None, call.carried)
     finally:
         del stack[depth:]
 

@@ -18,7 +18,6 @@ from lightning_hetero.runtime.emulate import METER
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
 from lightning_hetero.runtime.engine.worker import Cancelled, Worker
 from lightning_hetero.runtime.frames import HERE
-from lightning_hetero.schedule import Op
 
 if TYPE_CHECKING:
     from lightning_hetero.runtime.engine.call import Call
@@ -44,8 +43,8 @@ class Lane:
         nodes: Inner nodes of the lane's graph.
         gradients: Gradients of `inputs`, once they are known.
         in_backward: Whether the backward of the whole lane runs.
-        left: Of the last task that ended: op, index of the call in the lane, and when; None once another one came.
-        expected_by: The device that waits for its next task.
+        turned_s: When the last forward ended, by `perf_counter`; None once another task came.
+        expected_by: The device that waits for that.
         given: What the lane was given, until its region begins.
         fresh: What the lane was given, or the last unit has returned.
         fresh_gradients: The gradients that its backward begins with.
@@ -64,7 +63,7 @@ class Lane:
         self.trace: list[int] = []
         self.inputs: list[Tensor] = []
         self.in_backward = False
-        self.left: tuple[Op, int, float] | None = None
+        self.turned_s: float | None = None
         self.expected_by: Worker | None = None
         self.gradients: Sequence[Tensor | None] = ()
         self.begin()
@@ -200,14 +199,6 @@ class Crew:
         self.left = Countdown(len(lanes))
         for _ in range(min(in_flight, len(lanes))):
             pool.put(self._run)
-
-    @property
-    def next_lane(self) -> Lane | None:
-        """The lane that begins when the next one ends; None if there are no more."""
-        try:
-            return self._waiting[0]
-        except IndexError:
-            return None
 
     def stop(self) -> None:
         """Let all lanes stop at their next call of a unit."""

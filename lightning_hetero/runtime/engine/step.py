@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.errors import UnsupportedError
-from lightning_hetero.runtime.engine.ahead import PATIENCE, Ahead
 from lightning_hetero.runtime.engine.call import Call
 from lightning_hetero.runtime.engine.cut import CannotCutError
 from lightning_hetero.runtime.engine.faults import Countdown, annotated
@@ -32,6 +31,7 @@ from lightning_hetero.runtime.engine.order import NO_ORDER, Order
 from lightning_hetero.runtime.engine.silence import spare
 from lightning_hetero.runtime.engine.state import keeps_graph
 from lightning_hetero.runtime.engine.streams import Stream, derive
+from lightning_hetero.runtime.engine.turning import MUCH_BUSIER, PATIENCE, TurningPoint
 from lightning_hetero.runtime.engine.turnstile import Turnstile
 from lightning_hetero.runtime.engine.watch import has_hooks
 from lightning_hetero.runtime.engine.worker import LONG_S, Worker
@@ -66,7 +66,7 @@ class StepTask:
         own_code_draws: Whether the step's own code, outside of units, draws random numbers.
         order: What has to be used in order.
         in_backward: What backwards are to run in.
-        ahead: What earlier micro-batches have shown of the way of a lane.
+        turning_point: Where earlier micro-batches have turned back.
     """
 
     run: Callable[[int], Any]
@@ -80,7 +80,7 @@ class StepTask:
     own_code_draws: bool = False
     order: Order = NO_ORDER
     in_backward: Callable[[], AbstractContextManager[None]] = nullcontext
-    ahead: Ahead = field(default_factory=Ahead)
+    turning_point: TurningPoint = field(default_factory=TurningPoint)
 
 
 class StepCall(Call):
@@ -108,7 +108,7 @@ class StepCall(Call):
             checks_capture=False,
         )
         self._task = task
-        self.leaves_tasks = task.forwards_first
+        self._busiest: Worker | None = None
         self.outputs: list[Any] = [None] * len(task.rows)
         self._found: list[list[Tensor]] = [[] for _ in task.rows]
         check = _check_of(weakref.ref(self))
@@ -152,37 +152,28 @@ class StepCall(Call):
         return self._task.places[unit.stage, op, lane.index]
 
     def arrives(self, lane: Lane, worker: Worker) -> None:
-        """A lane comes with its next task: it took so long, and no other device has to wait for it."""
-        if lane.left is not None:
-            op, number, since_s = lane.left
-            lane.left = None
-            self._task.ahead.note_time(op, number, perf_counter() - since_s)
+        """A lane comes with its next task, for which no device has to wait any longer."""
+        if lane.turned_s is not None:
+            self._task.turning_point.note(perf_counter() - lane.turned_s)
+            lane.turned_s = None
         expected_by, lane.expected_by = lane.expected_by, None
         if expected_by is not None and expected_by is not worker:
             expected_by.expect_no_more(self.number, lane.index)
 
-    def when_ended(self, op: Op, number: int, lane: Lane) -> Callable[[], None] | None:
-        """Tell the device of what comes next that it is about to come."""
-        return partial(self._goes_on, op, number, lane) if self._task.ahead.is_known else None
+    def when_ended(self, unit: Unit, number: int, lane: Lane) -> Callable[[], None] | None:
+        """After the last forward, let the device know that the backward is about to come."""
+        if number != self._task.turning_point.number or self._task.forwards_first:
+            return None
+        return partial(self._turn_back, unit, lane)
 
-    def _goes_on(self, op: Op, number: int, lane: Lane) -> None:
-        crew, ahead = self._crew, self._task.ahead
-        after = ahead.after(op, number)
-        if crew is None or (after == ("B", number) and self._task.forwards_first):
-            return
-        next_op, next_number = after or ("F", 0)
-        next_lane = lane if after is not None else crew.next_lane  # which begins when this one has ended
-        unit = ahead.unit(next_number)
-        if next_lane is None or unit is None:
-            return
-        now_s = perf_counter()
-        next_lane.left = op, number, now_s
-        worker = self.replica(next_lane, unit).worker
+    def _turn_back(self, unit: Unit, lane: Lane) -> None:
+        lane.turned_s = perf_counter()
+        worker = unit.worker
         patience_s = PATIENCE * worker.task_s
-        if worker.task_s < LONG_S or ahead.between_s(op, number) > patience_s:
+        if worker.task_s < LONG_S or worker is self._busiest or self._task.turning_point.loss_s > patience_s:
             return
-        next_lane.expected_by = worker
-        worker.expect(self.place(next_op, unit, next_lane), self.number, next_lane.index, now_s + patience_s)
+        lane.expected_by = worker
+        worker.expect(self.place("B", unit, lane), self.number, lane.index, lane.turned_s + patience_s)
 
     def _may_share(self, unit: Unit) -> bool:
         """Whether several devices may take part.
@@ -200,6 +191,7 @@ class StepCall(Call):
         self._mute(self._task.leaves)
         try:
             self.engine.interceptions.renew_replicas()
+            self._busiest = self.engine.threads.much_busier(MUCH_BUSIER)
             self._start(self._lane, self._task.in_flight)
             self._finish()
             if self.engine.interceptions.replicas_changed_buffers:
@@ -270,7 +262,7 @@ class StepCall(Call):
         try:
             self._state.run(lambda: self._step(lane))
         finally:
-            lane.left = None
+            lane.turned_s = None
             expected_by, lane.expected_by = lane.expected_by, None
             if expected_by is not None:  # it has failed, or went another way than others
                 expected_by.expect_no_more(self.number, lane.index)
@@ -294,7 +286,7 @@ class StepCall(Call):
         loss = loss_of(output)
         self.outputs[index] = output
         self.sums.announce(index, lane.trace)
-        self._task.ahead.learn(lane)
+        self._task.turning_point.number = len(lane.trace) - 1
         if self._task.forwards_first and self._crew is not None:
             self._all_forwards_done(lane)
         if loss is not None and loss.requires_grad:

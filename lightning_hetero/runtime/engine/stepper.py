@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.errors import UnsupportedError
-from lightning_hetero.runtime.engine.ahead import Ahead
 from lightning_hetero.runtime.engine.batch import Path, batch_rows, cut_rows, not_of_rows, offsets
 from lightning_hetero.runtime.engine.batch_norm import uses_batch
 from lightning_hetero.runtime.engine.calls import Calls
@@ -26,6 +25,7 @@ from lightning_hetero.runtime.engine.snapshot import Snapshot
 from lightning_hetero.runtime.engine.sources import OtherSources
 from lightning_hetero.runtime.engine.step import StepCall, StepTask
 from lightning_hetero.runtime.engine.tree import Tree
+from lightning_hetero.runtime.engine.turning import TurningPoint
 from lightning_hetero.runtime.engine.twin import Contents, Direct, Uses, handed_on, shadow_of, twin_of
 from lightning_hetero.runtime.engine.watch import Watch
 from lightning_hetero.runtime.frames import HERE
@@ -73,7 +73,7 @@ class _Mode:
     draws: bool = False
     own_code_draws: bool = False
     order: Order = NO_ORDER
-    ahead: Ahead = field(default_factory=Ahead)
+    turning_point: TurningPoint = field(default_factory=TurningPoint)
 
 
 @dataclass(slots=True)
@@ -193,7 +193,13 @@ class Stepper:
         contents, before = Contents(self._module), dict(self._module.__dict__)
         seed = _seed() if mode.draws else None
         call = self._call(
-            step, scale, self._run_beside_the_others, seed, mode.own_code_draws, mode.order, ahead=mode.ahead
+            step,
+            scale,
+            self._run_beside_the_others,
+            seed,
+            mode.own_code_draws,
+            mode.order,
+            turning_point=mode.turning_point,
         )
         states = self._engine.generators.states() if mode.draws else {}  # one number was drawn for the seed
         try:
@@ -324,7 +330,7 @@ class Stepper:
         own_code_draws: bool = False,
         order: Order = NO_ORDER,
         in_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
-        ahead: Ahead | None = None,
+        turning_point: TurningPoint | None = None,
     ) -> StepCall:
         task = StepTask(
             run=lambda index: run(index, step),
@@ -338,7 +344,7 @@ class Stepper:
             own_code_draws=own_code_draws,
             order=order,
             in_backward=in_backward,
-            ahead=ahead or Ahead(),
+            turning_point=turning_point or TurningPoint(),
         )
         return StepCall(self._engine, self._engine.next_call(), task)
 

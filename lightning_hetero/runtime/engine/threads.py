@@ -79,6 +79,17 @@ class Threads:
             return 1
         return len(self.workers) + 1
 
+    def much_busier(self, ratio: float) -> Worker | None:
+        """The device that has had more than `ratio` times as much to do as any other lately; None if there is none.
+
+        To be asked once for each step.
+        """
+        first, *others = sorted(self.workers.values(), key=lambda worker: worker.busy_s, reverse=True)
+        found = first if others and first.busy_s > ratio * others[0].busy_s else None
+        for worker in self.workers.values():
+            worker.busy_s /= 2  # so that what was long ago counts less
+        return found
+
     def look_again(self) -> None:
         """Let tasks begin that may do so since a lane has ended or failed."""
         for worker in self.workers.values():

@@ -97,8 +97,7 @@ class Worker(threading.Thread):
     Tasks run in this thread, or in that of the lane that needs the result. The latter spares two changes of thread for
     each task, which cost more than a small module; but the thread of an accelerator has a device of its own, and that
     of a CPU of many threads a team of them, which lanes lack. And this thread goes from one long task to the next at
-    once, while a lane that waits for its turn has to wake first. (Where lanes take turns, as in 1F1B, the one that has
-    waited is the one that has to go on after the task, so nothing is won.)
+    once, while a lane that waits for its turn has to wake first.
 
     Args:
         device: Name of the device in the plan.
@@ -109,6 +108,7 @@ class Worker(threading.Thread):
     Attributes:
         busy_with: Op, unit and micro-batch of the task that runs now.
         task_s: Seconds of a task, the mean of the last ones. (On an accelerator, of launching it.)
+        busy_s: Seconds of all tasks, as far as nobody has taken something off.
     """
 
     def __init__(self, device: str, torch_device: torch.device, threads: int, recorder: Recorder) -> None:
@@ -124,6 +124,7 @@ class Worker(threading.Thread):
         self._ready = threading.Event()
         self.busy_with: tuple[str, str, int] | None = None
         self.task_s = 0.0
+        self.busy_s = 0.0
 
     def start(self) -> None:
         """Start the thread, and wait until it is set up."""
@@ -153,16 +154,11 @@ class Worker(threading.Thread):
         return future
 
     def help(
-        self,
-        place: int,
-        call: int,
-        task: Task,
-        may_begin: MayBegin | None = None,
-        carried: Carried | None = None,
-        *,
-        leaves: bool = True,
+        self, place: int, call: int, task: Task, may_begin: MayBegin | None = None, carried: Carried | None = None
     ) -> Any:
         """Run a task in the thread of a lane, when it is its turn; see `submit`.
+
+        A long one that has to wait is left to the thread of the device.
 
         Args:
             place: See `submit`.
@@ -170,14 +166,13 @@ class Worker(threading.Thread):
             task: The task.
             may_begin: See `submit`.
             carried: Makes of the work what does the same in another thread; None if it does as it is.
-            leaves: Whether a long task that has to wait is left to the thread of the device.
 
         Raises:
             BaseException: What the task raised.
         """
         if HERE.at_work:  # autograd came from the middle of one task to another one: what is held, nobody may wait for
             return task.run()
-        if self.task_s < LONG_S or not leaves:
+        if self.task_s < LONG_S:
             self._turns.take(place, call, task.lane, may_begin)
         elif not self._turns.take_now(place, call, task.lane, may_begin):
             if carried is not None:
@@ -261,6 +256,7 @@ class Worker(threading.Thread):
                 _finish(self.torch_device)
                 records.append(Record(self.device, unit, op, lane, start_s, perf_counter()))
             taken_s = perf_counter() - start_s
+            self.busy_s += taken_s
             self.task_s += _WEIGHT * (taken_s - self.task_s) if self.task_s else taken_s
             self.busy_with = None
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hetero.runtime.engine import step
-from lightning_hetero.runtime.engine.ahead import Ahead
 from lightning_hetero.runtime.engine.stepper import Stepper
+from lightning_hetero.runtime.engine.turning import TurningPoint
 from lightning_hetero.schedule import OneFOneB
 
 MakePair = Callable[..., Any]
@@ -87,31 +87,9 @@ def test_no_device_waits_while_user_code_takes_long(pair: MakePair, devices: str
     assert last.index("F1") < last.index("B0")
 
 
-class _Lane:
-    """As much of a lane as `Ahead` looks at."""
-
-    def __init__(self, trace: list[int], units: dict[int, Any]) -> None:
-        self.trace = trace
-        self.units = [type("Call", (), {"number": number, "unit": unit})() for number, unit in units.items()]
-
-
-def test_what_follows_a_task() -> None:
-    ahead = Ahead()
-    assert not ahead.is_known
-    ahead.learn(_Lane([4, 7, 4], {0: "first", 2: "third"}))  # type: ignore[arg-type]
-    assert ahead.is_known
-    order = [("F", 0)]
-    while (after := ahead.after(*order[-1])) is not None:  # type: ignore[arg-type]
-        order.append(after)
-    assert order == [("F", 0), ("F", 1), ("F", 2), ("B", 2), ("B", 1), ("B", 0)]
-    assert [ahead.unit(number) for number in range(4)] == ["first", None, "third", None]
-
-
-def test_times_between_tasks_are_a_mean_of_the_last_ones() -> None:
-    ahead = Ahead()
-    assert ahead.between_s("F", 0) == 0.0
-    ahead.note_time("F", 0, 4.0)
-    assert ahead.between_s("F", 0) == 4.0
-    ahead.note_time("F", 0, 8.0)
-    assert ahead.between_s("F", 0) == 5.0
-    assert ahead.between_s("B", 0) == 0.0
+def test_times_of_the_loss_are_a_mean_of_the_last_ones() -> None:
+    point = TurningPoint()
+    point.note(4.0)
+    assert point.loss_s == 4.0
+    point.note(8.0)
+    assert point.loss_s == 5.0
