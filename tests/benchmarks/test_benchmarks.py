@@ -164,9 +164,12 @@ def quick_runs(
 ) -> dict[str, subprocess.CompletedProcess[str]]:
     """A quick run of each, three at a time: nobody asks how fast they are, and many sleep most of the time."""
 
+    # In this thread: pytest's factory makes its folder when it is first asked, and several if threads ask at once.
+    folders = {name: tmp_path_factory.mktemp(name) for name in FIGURES}
+
     # `accelerator` compiles the emulated accelerator if need be, so that it is there when a benchmark asks for it.
     def run(name: str) -> subprocess.CompletedProcess[str]:
-        return run_forked(str(BENCHMARKS / name), "--quick", folder=tmp_path_factory.mktemp(name), OMP_NUM_THREADS="1")
+        return run_forked(str(BENCHMARKS / name), "--quick", folder=folders[name], OMP_NUM_THREADS="1")
 
     with ThreadPoolExecutor(3) as pool:
         return dict(zip(FIGURES, pool.map(run, FIGURES), strict=True))
