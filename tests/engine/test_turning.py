@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,10 +56,10 @@ class Stages(nn.Module):
         return outputs.square().mean()
 
 
-def ops_on_the_last_device(pair: MakePair, devices: str, loss_s: float) -> list[list[str]]:
+def ops_on_the_last_device(pair: MakePair, devices: str, model: nn.Module) -> list[list[str]]:
     """What the last stage did in each of some steps, such as F0 and B0; the first is left out, as it is a rehearsal."""
     names = [f"emulated:{index}" for index in range(3)] if devices == EMULATED else devices.split(",")
-    both = pair(Stages(loss_s), {"a": names[0], "b": names[1]}, micro_batches=MICRO_BATCHES)
+    both = pair(model, {"a": names[0], "b": names[1]}, micro_batches=MICRO_BATCHES)
     stepper = Stepper(both.engine, both.model, "training_step", OneFOneB(), (), ())
     batch = torch.randn(2 * MICRO_BATCHES, 8)
     found = []
@@ -78,13 +79,32 @@ def test_the_last_stage_goes_back_before_the_next_forward(
     pair: MakePair, devices: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "PATIENCE", 1000)  # however slow the machine is
-    *_, last = ops_on_the_last_device(pair, devices, loss_s=0.0)
+    *_, last = ops_on_the_last_device(pair, devices, Stages(loss_s=0.0))
     assert last == [f"{op}{index}" for index in range(MICRO_BATCHES) for op in "FB"]
 
 
 def test_no_device_waits_while_user_code_takes_long(pair: MakePair, devices: str) -> None:
-    *_, last = ops_on_the_last_device(pair, devices, loss_s=10 * NAP_S)
+    *_, last = ops_on_the_last_device(pair, devices, Stages(loss_s=10 * NAP_S))
     assert last.index("F1") < last.index("B0")
+
+
+_LOCK = threading.Lock()
+
+
+class Locked(Stages):
+    """User code that lets no two micro-batches be in its forward, or in its loss, at once."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        with _LOCK:
+            outputs = self.b(self.a(batch))
+        with _LOCK:
+            return outputs.square().mean()
+
+
+def test_a_backward_that_waits_for_whom_its_device_holds_up_is_not_waited_for(pair: MakePair, devices: str) -> None:
+    # One has the lock and wants the device, which is kept for another that wants the lock.
+    *_, last = ops_on_the_last_device(pair, devices, model=Locked(loss_s=0.0))
+    assert sorted(last) == sorted(f"{op}{index}" for index in range(MICRO_BATCHES) for op in "FB")
 
 
 def test_times_of_the_loss_are_a_mean_of_the_last_ones() -> None:
