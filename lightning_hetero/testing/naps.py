@@ -17,19 +17,31 @@ def nap() -> None:
 
 class _Nap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        nap()
+    def forward(ctx: Any, x: Tensor, seconds: float | None) -> Tensor:
+        ctx.seconds = seconds
+        if seconds is None:
+            nap()
+        else:
+            time.sleep(seconds)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        nap()
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.seconds is None:
+            nap()
+        else:
+            time.sleep(2 * ctx.seconds)
+        return gradient, None
 
 
-def late(x: Tensor) -> Tensor:
-    """The same tensor, after a nap; and so its gradient."""
-    return _Nap.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+def late(x: Tensor, seconds: float | None = None) -> Tensor:
+    """The same tensor, after a nap; and so its gradient, after one of twice that length.
+
+    Args:
+        x: The tensor.
+        seconds: How long the nap is; None for another length each time, see `nap`.
+    """
+    return _Nap.apply(x, seconds)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class RunningMean(nn.Module):

@@ -15,6 +15,7 @@ from lightning_hetero.runtime.engine import step
 from lightning_hetero.runtime.engine.stepper import Stepper
 from lightning_hetero.runtime.engine.turning import TurningPoint
 from lightning_hetero.schedule import OneFOneB
+from lightning_hetero.testing.naps import late
 
 MakePair = Callable[..., Any]
 
@@ -23,25 +24,13 @@ MICRO_BATCHES = 6
 NAP_S = 4e-3
 
 
-class _Nap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        time.sleep(NAP_S)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        time.sleep(2 * NAP_S)
-        return gradient.clone()
-
-
 class Stage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Nap.apply(self.linear(x))  # type: ignore[no-any-return, no-untyped-call]
+        return late(self.linear(x), NAP_S)
 
 
 class Stages(nn.Module):
@@ -93,16 +82,17 @@ _LOCK = threading.Lock()
 
 
 class Locked(Stages):
-    """User code that lets no two micro-batches be in its forward, or in its loss, at once."""
+    """User code that lets no two micro-batches be in its last part, or its loss, at once."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        hidden = self.a(batch)
         with _LOCK:
-            outputs = self.b(self.a(batch))
+            outputs = self.b(hidden)
         with _LOCK:
             return outputs.square().mean()
 
 
-def test_a_backward_that_waits_for_whom_its_device_holds_up_is_not_waited_for(pair: MakePair, devices: str) -> None:
+def test_a_lock_of_user_code_does_not_stop_a_device_that_waits(pair: MakePair, devices: str) -> None:
     # One has the lock and wants the device, which is kept for another that wants the lock.
     *_, last = ops_on_the_last_device(pair, devices, model=Locked(loss_s=0.0))
     assert sorted(last) == sorted(f"{op}{index}" for index in range(MICRO_BATCHES) for op in "FB")

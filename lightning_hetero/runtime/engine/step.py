@@ -156,6 +156,10 @@ class StepCall(Call):
         if lane.turned_s is not None:
             self._task.turning_point.note(perf_counter() - lane.turned_s)
             lane.turned_s = None
+        self._goes_to(lane, worker)
+
+    def _goes_to(self, lane: Lane, worker: Worker | None) -> None:
+        """No other device has to wait for the lane any longer."""
         expected_by, lane.expected_by = lane.expected_by, None
         if expected_by is not None and expected_by is not worker:
             expected_by.expect_no_more(self.number, lane.index)
@@ -263,9 +267,7 @@ class StepCall(Call):
             self._state.run(lambda: self._step(lane))
         finally:
             lane.turned_s = None
-            expected_by, lane.expected_by = lane.expected_by, None
-            if expected_by is not None:  # it has failed, or went another way than others
-                expected_by.expect_no_more(self.number, lane.index)
+            self._goes_to(lane, None)  # it may have failed, or have no loss
             self._forward_turns.end(lane.index)
             self._backward_turns.end(lane.index)
 
